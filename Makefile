@@ -1,0 +1,42 @@
+# make demo | test | check | soak: each sets up what it needs in .venv first. TORCH and PYTHON may be overridden.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cu)
+
+.PHONY: setup data demo test check soak clean
+.DELETE_ON_ERROR:
+
+setup: .venv/.ready
+
+# torch goes first and by itself: a range would let pip choose another release. The editable install compiles csrc/.
+.venv/.ready: pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# A real language model for the parity tests (SmolLM2-135M, Apache-2.0), and the demo's drawings and texts.
+data: setup
+	$(BIN)/python tests/fetch_smollm2.py
+	$(BIN)/python -m vlcore.demo --fetch-only
+
+demo: setup
+	$(BIN)/python -m vlcore.demo
+
+test: setup data
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.cpp
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_house.py
+
+# The long tests: the whole demo against its targets, real sizes.
+soak: setup data
+	$(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf .venv build dist *.egg-info vlcore/*.so

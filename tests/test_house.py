@@ -1,0 +1,111 @@
+"""The two rules of the house: imports go one way, and an operator has one stem in every folder."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What a part may import, besides itself. A part is a module or a package of vlcore, or the top-level kernels/.
+OPS = {"ops", "native", "kernels"}
+FORMATS = {"config", "layouts"}
+MODEL = OPS | FORMATS | {"models", "checkpoint"}
+INPUTS = FORMATS | {"processing", "data"}
+ENGINE = MODEL | INPUTS | {"costs", "generate", "evaluate", "train", "overrides"}
+MAY_IMPORT = {
+    "kernels": set(),
+    "native": set(),
+    "config": set(),
+    "layouts": {"config"},
+    "overrides": set(),
+    "ops": {"native", "kernels"},
+    "models": OPS | {"config"},
+    "checkpoint": MODEL,
+    "costs": {"config", "layouts"},
+    "processing": FORMATS,
+    "data": INPUTS,
+    "generate": MODEL | INPUTS,
+    "evaluate": MODEL | INPUTS | {"generate"},
+    "train": ENGINE,
+    "demo": ENGINE,
+    "chat": ENGINE,
+    "cli": ENGINE | {"chat", "demo"},
+    "__init__": ENGINE,
+}
+
+
+def python_files() -> list[Path]:
+    # Path.glob does not follow vlcore/kernels, which is a link to kernels/.
+    return [*sorted((ROOT / "vlcore").glob("**/*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
+
+
+def part_of(path: Path) -> str:
+    inside = path.relative_to(ROOT).parts
+    if inside[0] == "kernels" or inside[1] == "kernels":
+        return "kernels"
+    return Path(inside[1]).stem
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of vlcore that a file imports, relative imports included."""
+    package = (
+        ["vlcore", *path.relative_to(ROOT).parts[1:-1]]
+        if path.is_relative_to(ROOT / "vlcore")
+        else ["vlcore", "kernels"]
+    )
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "vlcore" else [module]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in names if name.startswith("vlcore.")}
+    return parts
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"{path} belongs to no part that test_house.py knows"
+    wrong = imported_parts(path) - MAY_IMPORT[part] - {part}
+    assert not wrong, f"{path.relative_to(ROOT)}: {part} may not import {sorted(wrong)}"
+
+
+def test_the_graph_of_parts_has_no_cycle():
+    done: set[str] = set()
+    while remaining := {part for part in MAY_IMPORT if part not in done}:
+        free = {part for part in remaining if MAY_IMPORT[part] - {part} <= done}
+        assert free, f"these parts may import each other: {sorted(remaining)}"
+        done |= free
+
+
+def stems(pattern: str) -> set[str]:
+    return {path.stem for path in ROOT.glob(pattern)}
+
+
+OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
+
+
+@pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"])
+def test_an_implementation_has_the_stem_of_its_operator(pattern):
+    strays = stems(pattern) - OPERATORS - {"launch"}
+    assert not strays, f"{pattern}: {sorted(strays)} are operators without a file in vlcore/ops"
+
+
+@pytest.mark.parametrize("operator", sorted(OPERATORS))
+def test_an_operator_is_public_and_tested(operator):
+    from vlcore import ops
+
+    assert hasattr(ops, operator) and operator in ops.__all__
+    assert (ROOT / "tests" / f"test_{operator}.py").exists()
+
+
+def test_kernels_is_no_top_level_package():
+    # A top-level package called kernels would be what transformers imports instead of Hugging Face's `kernels`.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "vlcore" / "kernels").resolve() == ROOT / "kernels"

@@ -1,0 +1,47 @@
+"""What `python -m build` makes installs in a clean environment and works from another directory."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import torch, vlcore, vlcore.kernels
+from vlcore import ops
+assert "site-packages" in vlcore.__file__, vlcore.__file__
+x, weight = torch.randn(3, 5), torch.ones(5)
+torch.testing.assert_close(ops.rms_norm(x, weight, backend="cpp"), ops.rms_norm(x, weight, backend="torch"))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The sdist, and the wheel that is built from the sdist and not from the checkout."""
+    target = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", target, ROOT, cwd=target)
+    return target
+
+
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_installs_and_works_elsewhere(built, tmp_path, pattern):
+    (archive,) = built.glob(pattern)
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    # torch and the other dependencies are borrowed from this environment: a directory in a .pth file brings its
+    # packages, but not the editable vlcore, whose own .pth is not followed from there.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    run(python, "-m", "pip", "install", "--no-deps", archive, cwd=tmp_path)
+    run(python, "-c", PROGRAM, cwd=tmp_path)
+    assert "parameters" in run(environment / "bin" / "vlcore", "info", "--preset", "tiny", cwd=tmp_path).lower()

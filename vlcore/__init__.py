@@ -1,0 +1,10 @@
+"""DeepSeek-VL on compiled kernels."""
+
+from vlcore import ops
+from vlcore.checkpoint import from_pretrained, save_pretrained
+from vlcore.config import VLConfig
+from vlcore.generate import generate
+from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.processing import Processor
+
+__all__ = ["DeepSeekVL", "Processor", "VLConfig", "from_pretrained", "generate", "ops", "save_pretrained"]
