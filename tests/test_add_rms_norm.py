@@ -1,0 +1,88 @@
+from functools import partial
+
+import pytest
+import torch
+from operators import (
+    DTYPES,
+    assert_compiles,
+    assert_gradcheck,
+    assert_matches,
+    assert_strides_do_not_matter,
+    assert_well_formed,
+    random,
+    skip_if_refused,
+)
+
+from vlcore import ops
+from vlcore.ops.add_rms_norm import KERNELS, AddRMSNorm, add_rms_norm_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+def inputs(*shape, dtype=torch.float32):
+    return random(*shape, dtype=dtype), random(*shape, dtype=dtype), random(shape[-1], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 129), (2, 3, 512), (0, 8)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, shape, dtype):
+    given = inputs(*shape, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given)
+    # With a small eps, the gradient of a short row is all cancellation, and rounding is all that would be seen.
+    eps = 1e-6 if shape[-1] > 16 else 4.0
+    assert_matches(
+        lambda *given: AddRMSNorm.apply(*given, eps, backend), partial(add_rms_norm_reference, eps=eps), *given
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_what_is_not_contiguous(backend):
+    given = inputs(6, 33)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_strides_do_not_matter(lambda *given: AddRMSNorm.apply(*given, 1e-6, backend), *given)
+    assert_strides_do_not_matter(ops.add_rms_norm, *given)
+
+
+def test_is_the_norm_of_the_sum():
+    x, residual, weight = inputs(5, 24)
+    y, total = ops.add_rms_norm(x, residual, weight, eps=1e-3)
+    assert torch.equal(total, x + residual) and torch.equal(y, ops.rms_norm(x + residual, weight, eps=1e-3))
+
+
+def test_reference_gradient():
+    assert_gradcheck(add_rms_norm_reference, *inputs(3, 7))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend):
+    given = inputs(4, 16)
+    skip_if_refused(KERNELS, backend, *given)
+    _, total, rstd = assert_well_formed("add_rms_norm_forward", *given, 1e-6, backend)
+    grads = random(4, 16), random(4, 16)
+    assert_well_formed("add_rms_norm_backward", *grads, total, given[2], rstd, 1e-6, backend)
+
+
+def test_compiles_without_graph_breaks():
+    assert_compiles(ops.add_rms_norm, inputs(4, 16), inputs(9, 16))
+    assert_compiles(lambda *given: AddRMSNorm.apply(*given, 1e-6, "torch"), inputs(4, 16), inputs(9, 16))
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (1, torch.zeros(3, 8), r"residual is \(3, 8\); x \(2, 8\) needs \(2, 8\)"),
+        (1, torch.zeros(2, 8).half(), "residual is torch.float16 and x torch.float32"),
+        (2, torch.zeros(7), r"weight is \(7,\); x \(2, 8\) needs \(8,\)"),
+    ],
+)
+def test_refuses_what_does_not_fit(changed, value, message):
+    given = [torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(8)]
+    given[changed] = value
+    with pytest.raises(ValueError, match=f"add_rms_norm: {message}"):
+        ops.add_rms_norm(*given)
+
+
+def test_knows_its_backends():
+    with pytest.raises(ValueError, match="add_rms_norm has no backend 'fast'; it has .*'torch'"):
+        ops.add_rms_norm(*inputs(2, 8), backend="fast")

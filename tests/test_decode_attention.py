@@ -1,0 +1,148 @@
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from operators import DTYPES, assert_well_formed, poisoned_memory, random, skip_if_refused
+
+from vlcore import ops
+from vlcore.ops.decode_attention import KERNELS, decode_attention_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+def inputs(lengths=(3, 0, 6), size=7, heads=4, key_heads=2, dim=8, dtype=torch.float32):
+    batch = len(lengths)
+    q = random(batch, 1, heads, dim, dtype=dtype)
+    k, v = (random(batch, 1, key_heads, dim, dtype=dtype) for _ in range(2))
+    caches = [random(batch, size, key_heads, dim, dtype=dtype) for _ in range(2)]
+    return q, k, v, *caches, torch.tensor(lengths, dtype=torch.int64, device=q.device)
+
+
+def copies(given, dtype=None):
+    return tuple(t.clone().to(dtype) if dtype and t.is_floating_point() else t.clone() for t in given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"lengths": (0,), "size": 1, "heads": 1, "key_heads": 1, "dim": 2},
+        {"lengths": (4, 4)},
+        {"lengths": ()},
+        {"lengths": (700, 33), "size": 800, "dim": 64},
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, sizes, dtype):
+    given = inputs(**sizes, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)
+    actual, low, exact = copies(given), copies(given), copies(given, torch.float64)
+    with poisoned_memory():
+        out = ops.decode_attention(*actual, scale=0.5, backend=backend)
+    assert_as_accurate(out, decode_attention_reference(*low, scale=0.5), decode_attention_reference(*exact, scale=0.5))
+    for got, same_dtype, truth in zip(actual[3:5], low[3:5], exact[3:5], strict=True):
+        assert_as_accurate(got, same_dtype, truth)
+    assert torch.equal(actual[5], given[5])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_of_steps_is_causal_attention(backend):
+    q, k, v = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
+    caches = torch.full((2, 2, 6, 2, 8), torch.nan)
+    skip_if_refused(KERNELS, backend, q[:, :1], k[:, :1], v[:, :1], *caches, torch.zeros(2), 1e4, 0.5)
+    steps = [
+        ops.decode_attention(
+            *(x[:, t : t + 1] for x in (q, k, v)), *caches, torch.full((2,), t, dtype=torch.int32), backend=backend
+        )
+        for t in range(6)
+    ]
+    whole = ops.rope_attention(q, k, v, torch.arange(6).expand(2, 6))
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_writes_one_row_of_each_cache_and_nothing_else(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)
+    before = copies(given)
+    ops.decode_attention(*given, backend=backend)
+    q, k, v, key_cache, value_cache, lengths = given
+    rotated = ops.apply_rope(k, lengths[:, None])
+    for row, length in enumerate(lengths.tolist()):
+        before[3][row, length], before[4][row, length] = rotated[row, 0], v[row, 0]
+    torch.testing.assert_close(key_cache, before[3])
+    for tensor, wanted in zip((q, k, v, value_cache, lengths), (*before[:3], *before[4:]), strict=True):
+        assert torch.equal(tensor, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_caches_that_are_parts_of_a_larger_one(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)
+    # (S, layers, 2, B, H, D) as a cache of all layers might be, seen as (B, S, H, D).
+    store = torch.zeros(7, 3, 2, 3, 2, 8)
+    parts = [store[:, 1, i].transpose(0, 1) for i in range(2)]
+    for part, cache in zip(parts, given[3:5], strict=True):
+        part.copy_(cache)
+    out = ops.decode_attention(*given[:3], *parts, given[5], backend=backend)
+    torch.testing.assert_close(out, ops.decode_attention(*given, backend=backend))
+    torch.testing.assert_close(parts[0], given[3])
+    assert not store[:, 0].any() and not store[:, 2].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)
+    assert_well_formed("decode_attention_forward", *given, 1e4, 0.5, backend)
+
+
+def test_compiles_without_graph_breaks():
+    def two_steps(q, k, v, key_cache, value_cache, lengths):
+        first = ops.decode_attention(q, k, v, key_cache, value_cache, lengths)
+        return ops.decode_attention(first, k, v, key_cache, value_cache, lengths + 1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ((3, 0, 5), (2, 4)):
+        given = inputs(lengths)
+        other = copies(given)
+        torch.testing.assert_close(compiled(*given), two_steps(*other))
+        torch.testing.assert_close(given[3], other[3])
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (0, torch.zeros(3, 2, 4, 8), r"q is \(3, 2, 4, 8\); it takes one token a row"),
+        (0, torch.zeros(3, 4, 8), r"q is \(3, 4, 8\); it needs to be \(B, 1, Hq, D\)"),
+        (0, torch.zeros(3, 1, 3, 8), "3 query heads are not a multiple of 2 key heads"),
+        (1, torch.zeros(3, 1, 2, 6), r"k is \(3, 1, 2, 6\); q .* needs \(3, 1, 2, 8\)"),
+        (2, torch.zeros(3, 1, 4, 8), r"v is \(3, 1, 4, 8\); k .* needs \(3, 1, 2, 8\)"),
+        (3, torch.zeros(3, 7, 4, 8), r"key_cache is \(3, 7, 4, 8\); k .* needs \(3, 7, 2, 8\)"),
+        (4, torch.zeros(3, 6, 2, 8), r"value_cache is \(3, 6, 2, 8\); key_cache .* needs \(3, 7, 2, 8\)"),
+        (4, torch.zeros(3, 7, 2, 8).half(), "value_cache is torch.float16 and q torch.float32"),
+        (5, torch.zeros(3), "lengths is torch.float32; it needs to be one of .*torch.int32"),
+        (5, torch.zeros(2, dtype=torch.int64), r"lengths is \(2,\); q .* needs \(3,\)"),
+        (5, torch.tensor([0, 7, 1]), "lengths from 0 to 7 leave no room in a cache of 7 tokens"),
+        (5, torch.tensor([0, -1, 1]), "lengths from -1 to 1 leave no room"),
+    ],
+)
+def test_refuses_what_does_not_fit(changed, value, message):
+    given = list(inputs())
+    given[changed] = value
+    with pytest.raises(ValueError, match=f"decode_attention: {message}"):
+        ops.decode_attention(*given)
+
+
+def test_refuses_odd_heads():
+    with pytest.raises(ValueError, match="a head of 7 is odd"):
+        ops.decode_attention(*inputs(dim=7))
+
+
+def test_has_no_gradient():
+    q, *rest = inputs()
+    with pytest.raises(ValueError, match=r"no gradient, and one is asked for: call it under torch.no_grad\(\)"):
+        ops.decode_attention(q.requires_grad_(), *rest)
+    with torch.no_grad():
+        ops.decode_attention(q, *rest)

@@ -1,0 +1,121 @@
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from vlcore import ops
+from vlcore.ops.dispatch import Kernel, choose, define, gradients
+from vlcore.ops.rms_norm import RMSNorm
+from vlcore.ops.swiglu import SwiGLU
+
+
+def kernel(name, refusal=None, worthwhile=True):
+    return Kernel(name, name, lambda *arguments: [refusal] if refusal else [], lambda *arguments: worthwhile)
+
+
+KERNELS = {
+    "interpreted": kernel("a", worthwhile=False),
+    "distant": kernel("b", refusal="it runs on Mars"),
+    "near": kernel("c"),
+    "last": kernel("d"),
+}
+
+
+def test_auto_takes_the_first_that_can_and_is_worth_it():
+    assert choose("op", KERNELS, "auto", torch.zeros(1)) == "near"
+    assert choose("op", {"distant": KERNELS["distant"]}, "auto", torch.zeros(1)) == "torch"
+    assert choose("op", {}, "auto", torch.zeros(1)) == "torch"
+
+
+def test_a_backend_that_is_asked_for_runs_or_raises():
+    assert choose("op", KERNELS, "interpreted", torch.zeros(1)) == "interpreted"
+    assert choose("op", KERNELS, "torch", torch.zeros(1)) == "torch"
+    given = r"\(2, 3\) torch.float16 on cpu, 14: it runs on Mars\."
+    with pytest.raises(ValueError, match=rf"op cannot run on 'distant' with {given}"):
+        choose("op", KERNELS, "distant", torch.zeros(2, 3).half(), None, 14)
+    with pytest.raises(ValueError, match=r"op has no backend 'cpq'; it has \['interpreted', .*'torch'\]"):
+        choose("op", KERNELS, "cpq", torch.zeros(1))
+
+
+def test_gradients_are_those_of_autograd_also_where_it_is_switched_off():
+    x, unused, grad = torch.randn(3), torch.randn(2), torch.randn(3)
+    for guard in (torch.no_grad, torch._C._AutoDispatchBelowAutograd):
+        with guard():
+            grad_x, grad_unused = gradients(lambda x, unused: x**3, (x, unused), grad)
+        torch.testing.assert_close(grad_x, 3 * x**2 * grad)
+        assert not grad_unused.any() and not x.requires_grad
+
+
+def test_torch_operators_work_inside_a_dispatch_mode():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    with FlopCounterMode(display=False):
+        ops.linear_cross_entropy(x, weight, torch.arange(5)).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [SwiGLU, RMSNorm])
+def test_a_second_derivative_is_refused(function):
+    x, weight = torch.randn(8, requires_grad=True), torch.randn(8)
+    arguments = (x, weight, "torch") if function is SwiGLU else (x, weight, 1e-6, "torch")
+    with pytest.raises(RuntimeError, match=f"{function.__name__} can be differentiated once, and create_graph=True"):
+        torch.autograd.grad(function.apply(*arguments).sum(), x, create_graph=True)
+
+
+def test_no_operator_has_a_second_derivative():
+    functions = [f for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("vlcore.ops")]
+    assert len(functions) > 5
+    assert all(function.backward.__code__ is SwiGLU.backward.__code__ for function in functions)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that a GPU holds it."""
+
+    is_cuda = True
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    inside, seen = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def forward(x):
+        seen.append(len(inside))
+        return x.clone()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    kernels = {"near": Kernel(forward, None, lambda *arguments: [])}
+    op = define("guarded_forward(Tensor x, str backend) -> Tensor", kernels, torch.clone, lambda x, backend: x.clone())
+    with torch.no_grad():
+        op(torch.zeros(1).as_subclass(OnGpu), "near"), op(torch.zeros(1), "near")
+    assert seen == [1, 0]
+
+
+def test_triton_is_neither_needed_nor_imported_on_a_cpu():
+    program = """
+import sys
+sys.modules["triton"] = None  # importing it raises
+import torch
+from vlcore import ops
+x, weight = torch.randn(2, 4), torch.ones(4)
+assert ops.rms_norm(x, weight).shape == x.shape
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_nothing_changes_where_nothing_is_differentiated():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    wanted = ops.rms_norm(x, weight)
+    compiled = torch.compile(ops.rms_norm, fullgraph=True, backend="aot_eager")
+    for guard in (torch.no_grad, torch.inference_mode):
+        for function in (ops.rms_norm, compiled):
+            with guard():
+                got = function(x, weight)
+            assert torch.equal(got, wanted) and not got.requires_grad

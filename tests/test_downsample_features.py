@@ -1,0 +1,135 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from operators import (
+    DTYPES,
+    assert_compiles,
+    assert_gradcheck,
+    assert_matches,
+    assert_strides_do_not_matter,
+    assert_well_formed,
+    random,
+    skip_if_refused,
+)
+
+from vlcore import ops
+from vlcore.ops.downsample_features import KERNELS, DownsampleFeatures, downsample_features_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+def inputs(batch=2, channels=(4, 6, 5), grid=(6, 6), skip=True, dtype=torch.float32):
+    first, second, third = channels
+    detail = random(batch, first, *grid, dtype=dtype)
+    branch = (random(batch, first, *grid, dtype=dtype), random(1, dtype=dtype)) if skip else (None, None)
+    return detail, *branch, random(second, first, 3, 3, dtype=dtype), random(third, second, 3, 3, dtype=dtype)
+
+
+def through_op(backend, size=8):
+    return lambda *given: DownsampleFeatures.apply(*given, size, backend)
+
+
+def reference(size=8):
+    return lambda *given: downsample_features_reference(*given, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "size"),
+    [({}, 8), ({}, 4), ({"grid": (1, 1), "channels": (1, 1, 1), "batch": 1}, 4), ({"grid": (9, 5)}, 12)],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, sizes, size, skip, dtype):
+    given = inputs(**sizes, skip=skip, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given, size)
+    assert_matches(through_op(backend, size), reference(size), *given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_may_be_empty(backend):
+    given = inputs(batch=0)
+    skip_if_refused(KERNELS, backend, *given, 8)
+    assert_matches(through_op(backend), reference(), *given)
+
+
+def test_equals_two_branches_that_are_added_at_the_end():
+    detail, skip, alpha, conv1, conv2 = (tensor.double() for tensor in inputs(grid=(64, 64)))
+
+    def tokens(features):
+        resized = F.interpolate(features, size=(96, 96), mode="bilinear", align_corners=False)
+        maps = F.conv2d(F.conv2d(resized, conv1, stride=2, padding=1), conv2, stride=2, padding=1)
+        return torch.stack([maps[:, :, y, x] for y in range(24) for x in range(24)], 1)
+
+    merged = ops.downsample_features(detail, skip, alpha, conv1, conv2)
+    assert merged.shape == (2, 576, 5)
+    torch.testing.assert_close(merged, tokens(detail) + alpha * tokens(skip))
+    torch.testing.assert_close(ops.downsample_features(detail, None, None, conv1, conv2), tokens(detail))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_alpha_may_be_wider_than_the_features(shape):
+    detail, skip, _, *weights = inputs(dtype=torch.bfloat16)
+    alpha = torch.full(shape, 0.37, requires_grad=True)
+    out = ops.downsample_features(detail, skip, alpha, *weights, size=8)
+    (grad,) = torch.autograd.grad(out.sum(), alpha)
+    assert out.dtype == torch.bfloat16 and grad.dtype == torch.float32 and grad.shape == shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_what_is_not_contiguous(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, 8)
+    assert_strides_do_not_matter(through_op(backend), *given)
+    assert_strides_do_not_matter(lambda *given: ops.downsample_features(*given, 8), *given)
+    # As a tower that works channels-last gives them.
+    channels_last = given[0].contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(through_op(backend)(channels_last, *given[1:]), through_op(backend)(*given))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_reference_gradient(skip):
+    assert_gradcheck(reference(4), *inputs(batch=1, channels=(2, 2, 1), grid=(3, 2), skip=skip))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend, skip):
+    given = inputs(skip=skip)
+    skip_if_refused(KERNELS, backend, *given, 8)
+    tokens, hidden = assert_well_formed("downsample_features_forward", *given, 8, backend)
+    assert_well_formed("downsample_features_backward", torch.ones_like(tokens), *given, hidden, 8, backend)
+
+
+def test_compiles_without_graph_breaks():
+    given = inputs()
+    other = (*(random(3, 4, 6, 6) for _ in range(2)), *given[2:])
+    assert_compiles(lambda *given: ops.downsample_features(*given, 8), given, other)
+    assert_compiles(through_op("torch"), given, other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (0, torch.zeros(4, 6, 6), r"detail is \(4, 6, 6\); it needs to be \(B, C, h, w\)"),
+        (1, torch.zeros(2, 4, 3, 3), r"skip is \(2, 4, 3, 3\); detail \(2, 4, 6, 6\) needs"),
+        (1, torch.zeros(2, 4, 6, 6).half(), "skip is torch.float16 and detail torch.float32"),
+        (2, None, "alpha is None; skip needs one number to scale it"),
+        (2, torch.zeros(2), r"alpha is \(2,\); skip needs one number"),
+        (2, torch.zeros(1).to("meta"), "alpha is on meta and skip on cpu"),
+        (3, torch.zeros(6, 4), r"conv1_weight is \(6, 4\); it needs to be \(out, in, 3, 3\)"),
+        (3, torch.zeros(6, 5, 3, 3), r"conv1_weight is \(6, 5, 3, 3\); detail .* needs \(6, 4, 3, 3\)"),
+        (4, torch.zeros(5, 4, 3, 3), r"conv2_weight is \(5, 4, 3, 3\); conv1_weight .* needs \(5, 6, 3, 3\)"),
+    ],
+)
+def test_refuses_what_does_not_fit(changed, value, message):
+    given = list(inputs())
+    given[changed] = value
+    with pytest.raises(ValueError, match=f"downsample_features: {message}"):
+        ops.downsample_features(*given, 8)
+
+
+@pytest.mark.parametrize("size", [0, 6, -4])
+def test_refuses_a_size_that_the_convolutions_do_not_divide(size):
+    with pytest.raises(ValueError, match=f"size {size} is not a multiple of 4"):
+        ops.downsample_features(*inputs(), size)

@@ -1,0 +1,184 @@
+from importlib import import_module
+
+import pytest
+import torch
+from operators import (
+    DTYPES,
+    assert_compiles,
+    assert_gradcheck,
+    assert_matches,
+    assert_strides_do_not_matter,
+    assert_well_formed,
+    random,
+    skip_if_refused,
+)
+
+from vlcore import ops
+from vlcore.ops.linear_cross_entropy import KERNELS, REDUCTIONS, linear_cross_entropy_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+def inputs(*shape, width=8, vocabulary=11, ignored=0.4, dtype=torch.float32):
+    hidden, weight = random(*shape, width, dtype=dtype), random(vocabulary, width, dtype=dtype)
+    labels = torch.randint(0, vocabulary, shape, device=hidden.device)
+    return hidden, weight, labels.masked_fill(torch.rand(shape, device=hidden.device) < ignored, -100)
+
+
+def reduced(reduction, backend="auto"):
+    return lambda *given: ops.linear_cross_entropy(*given, reduction=reduction, backend=backend)
+
+
+def reference(reduction):
+    return lambda *given: linear_cross_entropy_reference(*given, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((2, 9), {}),
+        ((), {"ignored": 0.0}),
+        ((1,), {"width": 1, "vocabulary": 1, "ignored": 0.0}),
+        ((300,), {"width": 16, "vocabulary": 130}),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, shape, sizes, reduction, dtype):
+    given = inputs(*shape, **sizes, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_matches(reduced(reduction, backend), reference(reduction), *given)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_change_nothing(backend, reduction, monkeypatch):
+    module, given = import_module("vlcore.ops.linear_cross_entropy"), inputs(37, ignored=0.2)
+    skip_if_refused(KERNELS, backend, *given)
+    monkeypatch.setattr(module, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", 1)
+    assert_matches(reduced(reduction, backend), reference(reduction), *given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_supervised_rows(backend):
+    hidden, weight, labels = inputs(4, ignored=1.0)
+    skip_if_refused(KERNELS, backend, hidden, weight, labels)
+    hidden.requires_grad_(), weight.requires_grad_()
+    losses = ops.linear_cross_entropy(hidden, weight, labels, reduction="sum", backend=backend)
+    for grad in torch.autograd.grad(losses, (hidden, weight)):
+        assert not grad.any()
+    assert losses == 0
+    assert ops.linear_cross_entropy(hidden, weight, labels, backend=backend).isnan()
+    empty = ops.linear_cross_entropy(hidden[:0], weight, labels[:0], reduction="none", backend=backend)
+    assert empty.shape == (0,)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_computes_the_gradients_that_are_needed(backend, frozen, reduction):
+    given = inputs(7)
+    skip_if_refused(KERNELS, backend, *given)
+    wanted = given[1 - frozen].requires_grad_()
+    (got,) = torch.autograd.grad(reduced(reduction, backend)(*given).sum(), wanted)
+    (known,) = torch.autograd.grad(reference(reduction)(*given).sum(), wanted)
+    torch.testing.assert_close(got, known)
+
+
+def test_never_holds_the_logits():
+    # 4096 rows of 5000 logits are 82 MB in float32; a chunk is 209 rows.
+    hidden, weight, labels = inputs(4096, vocabulary=5000, ignored=0.0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.linear_cross_entropy(hidden, weight, labels, backend="torch").backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 4096 * 5000 * 4 / 10
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 65536.0), (torch.bfloat16, 1 / 1000)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scaled_loss_scales_the_gradients_in_float32(backend, dtype, scale, reduction):
+    """65536 is no float16, and 1/1000 no bfloat16."""
+    hidden, weight, labels = inputs(7, dtype=dtype, ignored=0.0)
+    skip_if_refused(KERNELS, backend, hidden, weight, labels)
+    hidden, weight = hidden / 256, weight / 256
+    assert_matches(
+        lambda *given: reduced(reduction, backend)(*given) * scale,
+        lambda *given: reference(reduction)(*given) * scale,
+        *(hidden, weight, labels),
+    )
+
+
+def test_losses_are_wide():
+    given = inputs(3, ignored=0.0, dtype=torch.bfloat16)
+    assert ops.linear_cross_entropy(*given).dtype == torch.float32
+    assert ops.linear_cross_entropy(*given, reduction="none").dtype == torch.float32
+
+
+def test_another_index_may_be_ignored():
+    hidden, weight, labels = inputs(5)
+    labels = labels.masked_fill(labels == -100, 3).int()
+    loss = ops.linear_cross_entropy(hidden, weight, labels, ignore_index=3)
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(hidden, weight, labels, ignore_index=3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_what_is_not_contiguous(backend):
+    given = inputs(2, 5)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_strides_do_not_matter(reduced("mean", backend), *given)
+    # The shift of a language model: hidden without the last position, labels without the first.
+    hidden, weight, labels = given
+    shifted = ops.linear_cross_entropy(hidden[:, :-1], weight, labels[:, 1:], backend=backend)
+    torch.testing.assert_close(shifted, linear_cross_entropy_reference(hidden[:, :-1], weight, labels[:, 1:]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients(reduction):
+    # The reference is torch's own cross_entropy; the operator's gradients are ours also on "torch".
+    assert_gradcheck(reference(reduction), *inputs(4, width=3, vocabulary=5))
+    assert_gradcheck(reduced(reduction, "torch"), *inputs(4, width=3, vocabulary=5))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend, needs):
+    given = inputs(7)
+    skip_if_refused(KERNELS, backend, *given)
+    for row_scale in (None, torch.rand(7)):
+        assert_well_formed("linear_cross_entropy_forward", *given, row_scale, -100, *needs, backend)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compiles_without_graph_breaks(reduction):
+    hidden, weight, labels = inputs(2, 5)
+    other = random(3, 7, 8), weight, torch.randint(0, 11, (3, 7))
+    assert_compiles(reduced(reduction), (hidden, weight, labels), other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (1, torch.zeros(11, 7), r"weight is \(11, 7\); hidden \(2, 5, 8\) needs \(11, 8\)"),
+        (1, torch.zeros(8), r"weight is \(8,\); it needs to be \(V, D\)"),
+        (1, torch.zeros(11, 8).half(), "weight is torch.float16 and hidden torch.float32"),
+        (2, torch.zeros(2, 4).long(), r"labels is \(2, 4\); hidden \(2, 5, 8\) needs \(2, 5\)"),
+        (2, torch.zeros(2, 5), "labels is torch.float32; it needs to be one of .*torch.int64"),
+        (2, torch.zeros(2, 5).long().to("meta"), "labels is on meta and hidden on cpu"),
+        (2, torch.full((2, 5), 11), "10 labels, such as 11, are neither in a vocabulary of 11 nor ignore_index -100"),
+        (2, torch.full((2, 5), -1), "10 labels, such as -1, are neither"),
+    ],
+)
+def test_refuses_what_does_not_fit(changed, value, message):
+    given = list(inputs(2, 5))
+    given[changed] = value
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
+        ops.linear_cross_entropy(*given)
+
+
+def test_refuses_an_unknown_reduction():
+    with pytest.raises(ValueError, match=r"reduction 'max' is none of \('mean', 'sum', 'none'\)"):
+        ops.linear_cross_entropy(*inputs(3), reduction="max")

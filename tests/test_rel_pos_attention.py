@@ -1,0 +1,124 @@
+from importlib import import_module
+
+import pytest
+import torch
+from operators import (
+    DTYPES,
+    assert_compiles,
+    assert_gradcheck,
+    assert_matches,
+    assert_strides_do_not_matter,
+    assert_well_formed,
+    random,
+    skip_if_refused,
+)
+
+from vlcore import ops
+from vlcore.ops.dispatch import gradients
+from vlcore.ops.rel_pos_attention import KERNELS, RelPosAttention, rel_pos_attention_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+def inputs(batch=2, heads=3, grid=(3, 5), dim=8, dtype=torch.float32):
+    height, width = grid
+    q, k, v = (random(batch, heads, height * width, dim, dtype=dtype) for _ in range(3))
+    return q, k, v, random(2 * height - 1, dim, dtype=dtype), random(2 * width - 1, dim, dtype=dtype)
+
+
+def through_op(backend, grid=(3, 5)):
+    return lambda *given: RelPosAttention.apply(*given, *grid, backend)
+
+
+def reference(grid=(3, 5)):
+    return lambda *given: rel_pos_attention_reference(*given, grid)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"batch": 1, "heads": 1, "grid": (1, 1), "dim": 1},
+        {"grid": (1, 7)},
+        {"grid": (14, 14), "dim": 64, "batch": 1},
+        {"batch": 0},
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, sizes, dtype):
+    given, grid = inputs(**sizes, dtype=dtype), sizes.get("grid", (3, 5))
+    skip_if_refused(KERNELS, backend, *given, grid)
+    assert_matches(through_op(backend, grid), reference(grid), *given)
+
+
+def test_reference_is_the_formula():
+    height, width = grid = (3, 5)
+    q, k, v, rel_pos_h, rel_pos_w = (tensor.double() for tensor in inputs())
+    y, x = (torch.arange(height * width) // width, torch.arange(height * width) % width)
+    scores = q @ k.transpose(-1, -2) * 8**-0.5
+    for query in range(height * width):
+        for key in range(height * width):
+            table = rel_pos_h[y[query] - y[key] + height - 1] + rel_pos_w[x[query] - x[key] + width - 1]
+            scores[..., query, key] += q[..., query, :] @ table
+    torch.testing.assert_close(ops.rel_pos_attention(q, k, v, rel_pos_h, rel_pos_w, grid), scores.softmax(-1) @ v)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    given = inputs()
+    at_once = reference()(*given), *gradients(reference(), given, torch.ones_like(given[0]))
+    # Room for the scores of four heads of 15 tokens: chunks of 4 and 2.
+    monkeypatch.setattr(import_module("vlcore.ops.rel_pos_attention"), "_CHUNK_SCORES", 4 * 15**2)
+    in_chunks = reference()(*given), *gradients(reference(), given, torch.ones_like(given[0]))
+    for got, wanted in zip(in_chunks, at_once, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_compiles_in_chunks(monkeypatch):
+    monkeypatch.setattr(import_module("vlcore.ops.rel_pos_attention"), "_CHUNK_SCORES", 4 * 15**2)
+    assert_compiles(lambda *given: ops.rel_pos_attention(*given, (3, 5)), inputs())
+    assert_compiles(through_op("torch"), inputs())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_what_is_not_contiguous(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, (3, 5))
+    assert_strides_do_not_matter(through_op(backend), *given)
+    assert_strides_do_not_matter(lambda *given: ops.rel_pos_attention(*given, (3, 5)), *given)
+
+
+def test_reference_gradient():
+    assert_gradcheck(reference((2, 3)), *inputs(batch=1, heads=2, grid=(2, 3), dim=2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, (3, 5))
+    out, lse = assert_well_formed("rel_pos_attention_forward", *given, 3, 5, backend)
+    assert_well_formed("rel_pos_attention_backward", torch.ones_like(out), *given, out, lse, 3, 5, backend)
+
+
+def test_compiles_without_graph_breaks():
+    assert_compiles(lambda *given: ops.rel_pos_attention(*given, (3, 5)), inputs(), inputs(batch=4))
+    assert_compiles(through_op("torch"), inputs(), inputs(batch=4))
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (0, torch.zeros(3, 15, 8), r"q is \(3, 15, 8\); it needs to be \(B, H, Y\*X, D\)"),
+        (0, torch.zeros(2, 3, 14, 8), r"q has 14 tokens; a grid of \(3, 5\) has 15"),
+        (1, torch.zeros(2, 3, 15, 4), r"k is \(2, 3, 15, 4\); q \(2, 3, 15, 8\) needs"),
+        (2, torch.zeros(2, 1, 15, 8), r"v is \(2, 1, 15, 8\); q \(2, 3, 15, 8\) needs"),
+        (3, torch.zeros(9, 8), r"rel_pos_h is \(9, 8\); a grid of \(3, 5\) and heads of 8 need \(5, 8\)"),
+        (4, torch.zeros(5, 8), r"rel_pos_w is \(5, 8\); a grid of \(3, 5\) and heads of 8 need \(9, 8\)"),
+        (4, torch.zeros(9, 8).half(), "rel_pos_w is torch.float16 and q torch.float32"),
+    ],
+)
+def test_refuses_what_does_not_fit(changed, value, message):
+    given = list(inputs())
+    given[changed] = value
+    with pytest.raises(ValueError, match=f"rel_pos_attention: {message}"):
+        ops.rel_pos_attention(*given, (3, 5))

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from operators import (
+    DTYPES,
+    assert_compiles,
+    assert_gradcheck,
+    assert_matches,
+    assert_strides_do_not_matter,
+    assert_well_formed,
+    random,
+    skip_if_refused,
+)
+
+from vlcore import ops
+from vlcore.ops.swiglu import KERNELS, SwiGLU, swiglu_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (), (5, 129), (2, 3, 512), (0, 8)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, shape, dtype):
+    given = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_matches(lambda gate, up: SwiGLU.apply(gate, up, backend), swiglu_reference, *given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_what_is_not_contiguous(backend):
+    # The two halves of one projection, as a fused weight gives them.
+    given = random(6, 66).chunk(2, -1)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_strides_do_not_matter(lambda gate, up: SwiGLU.apply(gate, up, backend), *given)
+    assert_strides_do_not_matter(ops.swiglu, *given)
+
+
+def test_reference_is_the_formula():
+    gate, up = random(5).double(), random(5).double()
+    torch.testing.assert_close(swiglu_reference(gate, up), gate / (1 + (-gate).exp()) * up)
+
+
+def test_reference_gradient():
+    assert_gradcheck(swiglu_reference, random(3, 5), random(3, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend):
+    given = random(4, 16), random(4, 16)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_well_formed("swiglu_forward", *given, backend)
+    assert_well_formed("swiglu_backward", random(4, 16), *given, backend)
+
+
+def test_compiles_without_graph_breaks():
+    given, other = (random(4, 16), random(4, 16)), (random(9, 16), random(9, 16))
+    assert_compiles(ops.swiglu, given, other)
+    assert_compiles(lambda gate, up: SwiGLU.apply(gate, up, "torch"), given, other)
+
+
+@pytest.mark.parametrize(
+    ("up", "message"),
+    [
+        (torch.zeros(2, 7), r"up is \(2, 7\); gate \(2, 8\) needs \(2, 8\)"),
+        (torch.zeros(8), r"up is \(8,\); gate \(2, 8\) needs \(2, 8\)"),
+        (torch.zeros(2, 8).half(), "up is torch.float16 and gate torch.float32"),
+    ],
+)
+def test_refuses_what_does_not_fit(up, message):
+    with pytest.raises(ValueError, match=f"swiglu: {message}"):
+        ops.swiglu(torch.zeros(2, 8), up)

@@ -1,0 +1,126 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from operators import (
+    DTYPES,
+    assert_compiles,
+    assert_gradcheck,
+    assert_matches,
+    assert_strides_do_not_matter,
+    assert_well_formed,
+    random,
+    skip_if_refused,
+)
+
+from vlcore import ops
+from vlcore.ops.window_attention import KERNELS, WindowAttention, window_attention_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+def inputs(batch=2, height=5, width=7, heads=2, dim=8, window=4, bias=True, dtype=torch.float32):
+    qkv = random(batch, height, width, 3, heads, dim, dtype=dtype)
+    qkv_bias = random(3, heads, dim, dtype=dtype) if bias else None
+    return qkv, qkv_bias, random(2 * window - 1, dim, dtype=dtype), random(2 * window - 1, dim, dtype=dtype)
+
+
+def through_op(backend, window=4):
+    return lambda *given: WindowAttention.apply(*given, window, backend)
+
+
+def reference(window=4):
+    return lambda *given: window_attention_reference(*given, window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"height": 1, "width": 1},
+        {"height": 4, "width": 8},
+        {"height": 4, "width": 6},
+        {"window": 1},
+        {"height": 16, "width": 16, "dim": 32, "window": 14, "batch": 1},
+        {"batch": 0},
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, sizes, bias, dtype):
+    given, window = inputs(**sizes, bias=bias, dtype=dtype), sizes.get("window", 4)
+    skip_if_refused(KERNELS, backend, *given, window)
+    assert_matches(through_op(backend, window), reference(window), *given)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(5, 7), (8, 4), (3, 2)])
+def test_equals_attention_on_the_padded_map(size, bias):
+    """SAM's own order: pad the map with zeros, project, cut into windows, attend, put together, crop."""
+    (height, width), window, heads, dim = size, 4, 2, 8
+    x, weight = random(2, height, width, 6).double(), random(3 * heads * dim, 6).double()
+    bias = random(3 * heads * dim).double() if bias else None
+    tables = random(2 * window - 1, dim).double(), random(2 * window - 1, dim).double()
+    padded = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    whole = torch.zeros(*padded.shape[:3], heads * dim).double()
+    for top in range(0, padded.shape[1], window):
+        for left in range(0, padded.shape[2], window):
+            inside = slice(None), slice(top, top + window), slice(left, left + window)
+            qkv = F.linear(padded[inside], weight, bias).view(2, window**2, 3, heads, dim).permute(2, 0, 3, 1, 4)
+            out = ops.rel_pos_attention(*qkv, *tables, (window, window))
+            whole[inside] = out.transpose(1, 2).reshape(2, window, window, heads * dim)
+    qkv = F.linear(x, weight, bias).view(2, height, width, 3, heads, dim)
+    at_padding = None if bias is None else bias.view(3, heads, dim)
+    torch.testing.assert_close(ops.window_attention(qkv, at_padding, *tables, window), whole[:, :height, :width])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_what_is_not_contiguous(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, 4)
+    assert_strides_do_not_matter(through_op(backend), *given)
+    assert_strides_do_not_matter(lambda *given: ops.window_attention(*given, 4), *given)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_reference_gradient(bias):
+    assert_gradcheck(reference(2), *inputs(batch=1, height=3, width=2, dim=2, window=2, bias=bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend, bias):
+    given = inputs(bias=bias)
+    skip_if_refused(KERNELS, backend, *given, 4)
+    out, lse = assert_well_formed("window_attention_forward", *given, 4, backend)
+    assert_well_formed("window_attention_backward", torch.ones_like(out), *given, out, lse, 4, backend)
+
+
+def test_compiles_without_graph_breaks():
+    given = inputs()
+    other = (random(4, 5, 7, 3, 2, 8), *given[1:])
+    assert_compiles(lambda *given: ops.window_attention(*given, 4), given)
+    assert_compiles(through_op("torch"), given, other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (0, torch.zeros(2, 35, 3, 2, 8), r"qkv is \(2, 35, 3, 2, 8\); it needs to be \(B, Y, X, 3, H, D\)"),
+        (0, torch.zeros(2, 5, 7, 2, 2, 8), r"qkv is \(2, 5, 7, 2, 2, 8\); dimension 3 holds q, k and v"),
+        (1, torch.zeros(3, 16), r"qkv_bias is \(3, 16\); qkv .* needs \(3, 2, 8\)"),
+        (1, torch.zeros(3, 2, 8).half(), "qkv_bias is torch.float16 and qkv torch.float32"),
+        (2, torch.zeros(9, 8), r"rel_pos_h is \(9, 8\); a window of 4 and heads of 8 need \(7, 8\)"),
+        (3, torch.zeros(7, 4), r"rel_pos_w is \(7, 4\); a window of 4 and heads of 8 need \(7, 8\)"),
+    ],
+)
+def test_refuses_what_does_not_fit(changed, value, message):
+    given = list(inputs())
+    given[changed] = value
+    with pytest.raises(ValueError, match=f"window_attention: {message}"):
+        ops.window_attention(*given, 4)
+
+
+def test_refuses_a_window_of_nothing():
+    with pytest.raises(ValueError, match="a window of 0 holds nothing"):
+        ops.window_attention(*inputs(), 0)

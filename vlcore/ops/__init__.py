@@ -1,0 +1,32 @@
+"""The operators that the models are built from; each picks the fastest kernel that can run its inputs."""
+
+from vlcore.ops.add_rms_norm import add_rms_norm
+from vlcore.ops.decode_attention import decode_attention
+from vlcore.ops.downsample_features import downsample_features
+from vlcore.ops.hybrid_adaptor import hybrid_adaptor
+from vlcore.ops.layer_norm import layer_norm
+from vlcore.ops.linear_cross_entropy import linear_cross_entropy
+from vlcore.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from vlcore.ops.rel_pos_attention import rel_pos_attention
+from vlcore.ops.rms_norm import rms_norm
+from vlcore.ops.rope_attention import apply_rope, rope_attention
+from vlcore.ops.swiglu import swiglu
+from vlcore.ops.window_attention import window_attention
+
+__all__ = [
+    "QuantizedWeight",
+    "add_rms_norm",
+    "apply_rope",
+    "decode_attention",
+    "downsample_features",
+    "hybrid_adaptor",
+    "layer_norm",
+    "linear_cross_entropy",
+    "quantize_weight",
+    "quantized_linear",
+    "rel_pos_attention",
+    "rms_norm",
+    "rope_attention",
+    "swiglu",
+    "window_attention",
+]

@@ -1,0 +1,100 @@
+"""A residual sum and its RMSNorm: total = x + residual, y = rms_norm(total), in one pass where a kernel can."""
+
+import torch
+from torch import Tensor
+
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.rms_norm import rms_norm, rms_norm_reference
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The definition, which every kernel is tested against."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = AUTO
+) -> tuple[Tensor, Tensor]:
+    """Add a residual and normalise the sum by its root mean square, as between two blocks of a transformer.
+
+    Args:
+        x: (..., N), float32, float16 or bfloat16; float64 on "torch".
+        residual: (..., N), of x's shape and dtype.
+        weight: (N,), of x's dtype.
+        eps: added to the mean square.
+        backend: "auto" or "torch".
+
+    Returns:
+        rms_norm(x + residual) and x + residual, both (..., N) of x's dtype. What is normalised is the sum as rounded
+        to that dtype; the mean square is computed in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
+    """
+    checks.alike("add_rms_norm", x=x, residual=residual, weight=weight)
+    checks.shape("add_rms_norm", "residual", residual, x.shape, "x", x)
+    checks.shape("add_rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    chosen = choose("add_rms_norm", KERNELS, backend, x, residual, weight)
+    if chosen == TORCH:
+        total = x + residual
+        return rms_norm(total, weight, eps, backend=backend), total
+    return apply(AddRMSNorm, x, residual, weight, eps, chosen)
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """`add_rms_norm` through its torch ops."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, backend):
+        x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+        y, total, rstd = add_rms_norm_forward(x, residual, weight, eps, backend)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.eps, ctx.backend = eps, backend
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_total):
+        grad_sum, grad_weight = add_rms_norm_backward(
+            grad_y.contiguous(), grad_total.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.backend
+        )
+        return grad_sum, grad_sum, grad_weight, None, None
+
+
+# In order of preference.
+KERNELS: dict[str, Kernel] = {}
+
+
+def _torch_forward(x, residual, weight, eps):
+    y, total = add_rms_norm_reference(x, residual, weight, eps)
+    return y, total, statistics(x, x.shape[:-1], TORCH)
+
+
+def _torch_backward(grad_y, grad_total, total, weight, rstd, eps):
+    grad_sum, grad_weight = gradients(lambda x, w: rms_norm_reference(x, w, eps), (total, weight), grad_y)
+    return grad_sum + grad_total, grad_weight
+
+
+add_rms_norm_forward = define(
+    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, str backend)"
+    " -> (Tensor y, Tensor total, Tensor rstd)",
+    KERNELS,
+    _torch_forward,
+    fake=lambda x, residual, weight, eps, backend: (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        statistics(x, x.shape[:-1], backend),
+    ),
+)
+add_rms_norm_backward = define(
+    "add_rms_norm_backward(Tensor grad_y, Tensor grad_total, Tensor total, Tensor weight, Tensor rstd, float eps,"
+    " str backend) -> (Tensor grad_sum, Tensor grad_weight)",
+    KERNELS,
+    _torch_backward,
+    fake=lambda grad_y, grad_total, total, weight, rstd, eps, backend: (
+        torch.empty_like(total),
+        torch.empty_like(weight),
+    ),
+)

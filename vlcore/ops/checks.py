@@ -1,0 +1,52 @@
+"""What operators check of their arguments before anything runs; messages are only made when a check fails."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER = (torch.int32, torch.int64)
+
+
+def rank(operator: str, name: str, tensor: Tensor, dims: str) -> None:
+    """`dims` names the dimensions, one word each: "B T H D"."""
+    if tensor.ndim != len(names := dims.split()):
+        raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}; it needs to be ({', '.join(names)}).")
+
+
+def shape(operator: str, name: str, tensor: Tensor, expected: tuple, other_name: str, other: Tensor) -> None:
+    """`tensor` must be of the shape that `other` makes `expected`."""
+    if tensor.shape != expected:
+        needed = f"{other_name} {tuple(other.shape)} needs {tuple(expected)}"
+        raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}; {needed}.")
+
+
+def alike(operator: str, **tensors: Tensor | None) -> None:
+    """All must be of one floating dtype, on one device; those that are None are left out."""
+    (first_name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    if first.dtype not in FLOATING:
+        raise ValueError(f"{operator}: {first_name} is {first.dtype}; it needs to be one of {FLOATING}.")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{operator}: {name} is {tensor.dtype} and {first_name} {first.dtype}; they must agree.")
+        on_device(operator, name, tensor, first_name, first)
+
+
+def on_device(operator: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{operator}: {name} is on {tensor.device} and {other_name} on {other.device}.")
+
+
+def integer(operator: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in INTEGER:
+        raise ValueError(f"{operator}: {name} is {tensor.dtype}; it needs to be one of {INTEGER}.")
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without stopping a GPU or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def heads(operator: str, q: Tensor, k: Tensor) -> None:
+    """q (B, T, Hq, D) and k (B, T, Hkv, D): each key head serves a whole number of query heads."""
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{operator}: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads.")

@@ -1,0 +1,124 @@
+"""One step of decoding: rotate q and k, write k and v into the caches, attend over what each row holds."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, Kernel, choose, define
+from vlcore.ops.rope_attention import rope_tables, rotate
+
+
+def decode_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    theta: float = 1e4,
+    scale: float | None = None,
+) -> Tensor:
+    """The definition, which every kernel is tested against. Writes to the caches, as the operator does."""
+    tables = rope_tables(lengths[:, None], q.shape[-1], theta, torch.promote_types(q.dtype, torch.float32))
+    grouped = q.shape[2] != k.shape[2]
+    q, k = rotate(torch.cat((q, k), 2), *tables).split((q.shape[2], k.shape[2]), 2)
+    rows = torch.arange(q.shape[0], device=q.device)
+    key_cache[rows, lengths] = k[:, 0]
+    value_cache[rows, lengths] = v[:, 0]
+    # On a GPU the lengths are not looked at, which would make it wait: the mask covers the whole cache.
+    shortest, longest = 0, key_cache.shape[1]
+    if lengths.device.type == "cpu" and lengths.numel():
+        shortest, longest = (int(bound) + 1 for bound in lengths.aminmax())
+    mask = None
+    if shortest != longest:
+        mask = (torch.arange(longest, device=q.device) <= lengths[:, None])[:, None, None]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        key_cache[:, :longest].transpose(1, 2),
+        value_cache[:, :longest].transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    *,
+    theta: float = 1e4,
+    scale: float | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """Attend with one new token a row, whose key and value are appended to the caches.
+
+    Writes rope(k[b]) and v[b] to key_cache[b, lengths[b]] and value_cache[b, lengths[b]]: the one operator that
+    writes to an argument. `lengths` is left alone, so that all layers of a step share it. There is no gradient.
+
+    Args:
+        q: (B, 1, Hq, D), float32, float16 or bfloat16; float64 on "torch". D is even.
+        k, v: (B, 1, Hkv, D), of q's dtype; Hq is a multiple of Hkv.
+        key_cache, value_cache: (B, S, Hkv, D), of q's dtype; keys in the cache are rotated.
+        lengths: (B,), int32 or int64, tokens already in the cache of each row, below S; also the new token's
+            position. Their values are checked where they are on the CPU.
+        theta: base of the rotary wavelengths.
+        scale: of the scores; D^-1/2 unless given.
+        backend: "auto" or "torch".
+
+    Returns:
+        (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or lengths that do not fit, a gradient is asked for, or a backend that
+            cannot run them.
+    """
+    _check(q, k, v, key_cache, value_cache, lengths)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    arguments = (q, k, v, key_cache, value_cache, lengths, theta, scale)
+    backend = choose("decode_attention", KERNELS, backend, *arguments)
+    return decode_attention_forward(*arguments, backend)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
+    checks.rank("decode_attention", "q", q, "B 1 Hq D")
+    checks.rank("decode_attention", "k", k, "B 1 Hkv D")
+    checks.rank("decode_attention", "key_cache", key_cache, "B S Hkv D")
+    checks.alike("decode_attention", q=q, k=k, v=v, key_cache=key_cache, value_cache=value_cache)
+    batch, num_steps, _, head_dim = q.shape
+    if num_steps != 1:
+        raise ValueError(f"decode_attention: q is {tuple(q.shape)}; it takes one token a row.")
+    checks.shape("decode_attention", "k", k, (batch, 1, k.shape[2], head_dim), "q", q)
+    checks.shape("decode_attention", "v", v, k.shape, "k", k)
+    checks.shape("decode_attention", "key_cache", key_cache, (batch, key_cache.shape[1], *k.shape[2:]), "k", k)
+    checks.shape("decode_attention", "value_cache", value_cache, key_cache.shape, "key_cache", key_cache)
+    checks.heads("decode_attention", q, k)
+    checks.integer("decode_attention", "lengths", lengths)
+    checks.shape("decode_attention", "lengths", lengths, (batch,), "q", q)
+    checks.on_device("decode_attention", "lengths", lengths, "q", q)
+    if head_dim % 2:
+        raise ValueError(f"decode_attention: rotary positions turn pairs; a head of {head_dim} is odd.")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, key_cache, value_cache)):
+        raise ValueError("decode_attention has no gradient, and one is asked for: call it under torch.no_grad().")
+    if checks.may_read(lengths) and batch:
+        low, high = (int(bound) for bound in lengths.aminmax())
+        if low < 0 or high >= key_cache.shape[1]:
+            given = f"lengths from {low} to {high}"
+            raise ValueError(f"decode_attention: {given} leave no room in a cache of {key_cache.shape[1]} tokens.")
+
+
+# In order of preference; without backwards.
+KERNELS: dict[str, Kernel] = {}
+
+decode_attention_forward = define(
+    "decode_attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+    " Tensor lengths, float theta, float scale, str backend) -> Tensor",
+    KERNELS,
+    decode_attention_reference,
+    fake=lambda q, *rest: q.new_empty(q.shape),
+)

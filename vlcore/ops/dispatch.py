@@ -1,0 +1,150 @@
+"""Declaring operators to torch, and choosing which implementation of one runs.
+
+An operator lists its kernels in order of preference; behind them all stands its torch reference, which runs
+anything. `choose` returns the first kernel that accepts the inputs, or the one that the caller asked for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+TORCH = "torch"
+AUTO = "auto"
+
+_library = torch.library.Library("vlcore", "FRAGMENT")
+
+
+def _always(*arguments) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled implementation of an operator.
+
+    Attributes:
+        forward, backward: called with the arguments of the operator's torch ops, less the backend. An operator that
+            has no op for its backward has None there.
+        refusals: takes the operator's arguments and returns why the kernel cannot run them: no reasons, it can.
+        worthwhile: takes the same, and says whether "auto" should take the kernel where it can run.
+    """
+
+    forward: Callable
+    backward: Callable | None
+    refusals: Callable[..., list[str]]
+    worthwhile: Callable[..., bool] = _always
+
+
+def choose(operator: str, kernels: Mapping[str, Kernel], requested: str, *arguments) -> str:
+    """The name of the backend that runs these arguments.
+
+    Raises:
+        ValueError: a backend was asked for that this operator does not have, or that refuses the arguments.
+    """
+    if requested == TORCH:
+        return TORCH
+    if requested == AUTO:
+        for name, kernel in kernels.items():
+            if kernel.worthwhile(*arguments) and not kernel.refusals(*arguments):
+                return name
+        return TORCH
+    if requested not in kernels:
+        raise ValueError(f"{operator} has no backend {requested!r}; it has {[*kernels, TORCH]}.")
+    if reasons := kernels[requested].refusals(*arguments):
+        given = ", ".join(_describe(argument) for argument in arguments if argument is not None)
+        raise ValueError(f"{operator} cannot run on {requested!r} with {given}: {'; '.join(reasons)}.")
+    return requested
+
+
+def _describe(argument) -> str:
+    if isinstance(argument, Tensor):
+        return f"{tuple(argument.shape)} {argument.dtype} on {argument.device}"
+    return repr(argument)
+
+
+def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake: Callable) -> Callable:
+    """Declare vlcore::<schema> to torch, opaque to torch.compile, and return it.
+
+    torch.library.custom_op would do the same at about four times the cost of a call.
+
+    Args:
+        schema: named <operator>_forward or <operator>_backward, which says what of a kernel computes it; its first
+            argument is a tensor and its last the name of the backend.
+        kernels: read at each call.
+        run_torch: takes the arguments less the backend, and computes it where that is "torch".
+        fake: takes the arguments, and only gives the shapes.
+    """
+    name = schema.split("(")[0]
+    direction = name.rpartition("_")[2]
+
+    def run(*arguments):
+        *arguments, backend = arguments
+        if backend == TORCH:
+            return run_torch(*arguments)
+        compute = getattr(kernels[backend], direction)
+        if not arguments[0].is_cuda:
+            return compute(*arguments)
+        # Kernels are launched on the current device, which need not be the one that holds the tensors.
+        with torch.cuda.device_of(arguments[0]):
+            return compute(*arguments)
+
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vlcore::{name}", fake, lib=_library)
+    # Calling torch.ops.vlcore.<name> itself would look for the overload each time, at twice the cost of the call.
+    return getattr(torch.ops.vlcore, name).default
+
+
+class _Forgetful:
+    """The context of a forward that no backward follows."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """function.apply, without its cost of 15 µs a call where nothing can be differentiated."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_Forgetful(), *arguments)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """A backward that cannot be differentiated in its turn, and raises where that would be needed.
+
+    torch's decorator of this name raises only where the incoming gradient needs a gradient, and lets a wrong second
+    derivative pass where the saved tensors do.
+    """
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        # A graph that is being compiled has no gradient of its gradients, as torch says itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            operator = backward.__qualname__.partition(".")[0]
+            raise RuntimeError(f"{operator} can be differentiated once, and create_graph=True asks for more.")
+        return backward(ctx, *grads)
+
+    return run
+
+
+def statistics(like: Tensor, shape: Sequence, backend: str) -> Tensor:
+    """An empty float32 tensor for what a forward keeps for its backward; torch recomputes, and keeps nothing."""
+    return like.new_empty((0,) if backend == TORCH else shape, dtype=torch.float32)
+
+
+def gradients(function: Callable, inputs: Sequence[Tensor], *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `function` at `inputs`, by running it again under autograd."""
+    # An operator that is called within a TorchDispatchMode finds autograd switched off for its thread.
+    switched_off = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        switched_off = switched_off.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, switched_off), torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad(outputs, inputs, grad_outputs, materialize_grads=True)
+    return tuple(grad.contiguous() for grad in grads)

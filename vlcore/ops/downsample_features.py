@@ -1,0 +1,166 @@
+"""SAM's features as tokens: conv2(conv1(bilinear(detail + alpha * skip, size))), both convolutions 3x3, stride 2.
+
+Interpolation and bias-free convolutions are linear, so the two branches of the public code, D(I(a)) + alpha D(I(b)),
+are exactly one pass over their sum.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
+
+
+def downsample_features_reference(
+    detail: Tensor,
+    skip: Tensor | None,
+    alpha: Tensor | None,
+    conv1_weight: Tensor,
+    conv2_weight: Tensor,
+    size: int = 96,
+) -> Tensor:
+    """The definition, which every kernel is tested against."""
+    return _through_convs(detail, skip, alpha, conv1_weight, conv2_weight, size)[0]
+
+
+def _through_convs(detail, skip, alpha, conv1_weight, conv2_weight, size) -> tuple[Tensor, Tensor]:
+    merged = detail.to(torch.promote_types(detail.dtype, torch.float32))
+    if skip is not None:
+        merged = torch.addcmul(merged, skip.to(merged.dtype), alpha.to(merged.dtype))
+    resized = F.interpolate(merged, size=(size, size), mode="bilinear", align_corners=False).to(detail.dtype)
+    hidden = F.conv2d(resized, conv1_weight, stride=2, padding=1)
+    return F.conv2d(hidden, conv2_weight, stride=2, padding=1).flatten(2).transpose(1, 2), hidden
+
+
+def downsample_features(
+    detail: Tensor,
+    skip: Tensor | None,
+    alpha: Tensor | None,
+    conv1_weight: Tensor,
+    conv2_weight: Tensor,
+    size: int = 96,
+    *,
+    backend: str = AUTO,
+) -> Tensor:
+    """Bring the high-resolution tower's features to the grid of the low-resolution one (arXiv 2403.05525, 3.1).
+
+    Args:
+        detail: (B, C, h, w) of the last block, float32, float16 or bfloat16; float64 on "torch".
+        skip: (B, C, h, w) of the first global block, of detail's dtype; None leaves this branch out.
+        alpha: one element, floating, scales `skip`; not read without it.
+        conv1_weight: (C1, C, 3, 3), conv2_weight: (C2, C1, 3, 3), of detail's dtype; stride 2, padding 1, no bias.
+        size: side of the square that the features are interpolated to, a multiple of 4: four times the grid.
+        backend: "auto" or "torch".
+
+    Returns:
+        (B, (size / 4)^2, C2), of detail's dtype, tokens row-major. The sum and the interpolation (bilinear,
+        align_corners=False) are computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
+    """
+    _check(detail, skip, alpha, conv1_weight, conv2_weight, size)
+    arguments = (detail, skip, None if skip is None else alpha, conv1_weight, conv2_weight, size)
+    backend = choose("downsample_features", KERNELS, backend, *arguments)
+    if backend == TORCH:
+        return downsample_features_reference(*arguments)
+    return apply(DownsampleFeatures, *arguments, backend)
+
+
+def _check(detail, skip, alpha, conv1_weight, conv2_weight, size) -> None:
+    checks.rank("downsample_features", "detail", detail, "B C h w")
+    weights = {"conv1_weight": conv1_weight, "conv2_weight": conv2_weight}
+    checks.alike("downsample_features", detail=detail, skip=skip, **weights)
+    if skip is not None:
+        checks.shape("downsample_features", "skip", skip, detail.shape, "detail", detail)
+        if alpha is None or alpha.numel() != 1:
+            given = "None" if alpha is None else tuple(alpha.shape)
+            raise ValueError(f"downsample_features: alpha is {given}; skip needs one number to scale it.")
+        checks.on_device("downsample_features", "alpha", alpha, "skip", skip)
+    for name, weight in weights.items():
+        checks.rank("downsample_features", name, weight, "out in 3 3")
+    conv1_shape = (conv1_weight.shape[0], detail.shape[1], 3, 3)
+    checks.shape("downsample_features", "conv1_weight", conv1_weight, conv1_shape, "detail", detail)
+    conv2_shape = (conv2_weight.shape[0], conv1_weight.shape[0], 3, 3)
+    checks.shape("downsample_features", "conv2_weight", conv2_weight, conv2_shape, "conv1_weight", conv1_weight)
+    if size < 4 or size % 4:
+        raise ValueError(f"downsample_features: size {size} is not a multiple of 4, by which the convolutions divide.")
+
+
+class DownsampleFeatures(torch.autograd.Function):
+    """`downsample_features` through its torch ops; hidden is what conv1 gives, (B, C1, size / 2, size / 2)."""
+
+    @staticmethod
+    def forward(ctx, detail, skip, alpha, conv1_weight, conv2_weight, size, backend):
+        inputs = [
+            None if tensor is None else tensor.contiguous()
+            for tensor in (detail, skip, alpha, conv1_weight, conv2_weight)
+        ]
+        tokens, hidden = downsample_features_forward(*inputs, size, backend)
+        ctx.save_for_backward(*inputs, hidden)
+        ctx.numbers = (size, backend)
+        return tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_tokens):
+        grad_detail, grad_skip, grad_alpha, *grad_weights = downsample_features_backward(
+            grad_tokens.contiguous(), *ctx.saved_tensors, *ctx.numbers
+        )
+        if ctx.saved_tensors[1] is None:
+            grad_skip = grad_alpha = None
+        return grad_detail, grad_skip, grad_alpha, *grad_weights, None, None
+
+
+# In order of preference.
+KERNELS: dict[str, Kernel] = {}
+
+
+def _torch_forward(detail, skip, alpha, conv1_weight, conv2_weight, size):
+    tokens, hidden = _through_convs(detail, skip, alpha, conv1_weight, conv2_weight, size)
+    return tokens.contiguous(), hidden.contiguous()
+
+
+def _torch_backward(grad_tokens, detail, skip, alpha, conv1_weight, conv2_weight, hidden, size):
+    if skip is None:
+        grad_detail, *grad_weights = gradients(
+            lambda detail, *weights: downsample_features_reference(detail, None, None, *weights, size),
+            (detail, conv1_weight, conv2_weight),
+            grad_tokens,
+        )
+        return grad_detail, detail.new_empty(0), detail.new_empty(0), *grad_weights
+    inputs = (detail, skip, alpha, conv1_weight, conv2_weight)
+    return gradients(lambda *inputs: downsample_features_reference(*inputs, size), inputs, grad_tokens)
+
+
+def _fake_forward(detail, skip, alpha, conv1_weight, conv2_weight, size, backend):
+    batch, channels = detail.shape[0], conv2_weight.shape[0]
+    hidden = detail.new_empty(batch, conv1_weight.shape[0], size // 2, size // 2)
+    return detail.new_empty(batch, (size // 4) ** 2, channels), hidden
+
+
+def _fake_backward(grad_tokens, detail, skip, alpha, conv1_weight, conv2_weight, hidden, size, backend):
+    skipped = (detail.new_empty(0), detail.new_empty(0))
+    grad_skip, grad_alpha = skipped if skip is None else (torch.empty_like(skip), torch.empty_like(alpha))
+    grad_weights = torch.empty_like(conv1_weight), torch.empty_like(conv2_weight)
+    return torch.empty_like(detail), grad_skip, grad_alpha, *grad_weights
+
+
+downsample_features_forward = define(
+    "downsample_features_forward(Tensor detail, Tensor? skip, Tensor? alpha, Tensor conv1_weight,"
+    " Tensor conv2_weight, SymInt size, str backend) -> (Tensor tokens, Tensor hidden)",
+    KERNELS,
+    _torch_forward,
+    fake=_fake_forward,
+)
+# The gradients of skip and alpha are empty where they are None.
+downsample_features_backward = define(
+    "downsample_features_backward(Tensor grad_tokens, Tensor detail, Tensor? skip, Tensor? alpha,"
+    " Tensor conv1_weight, Tensor conv2_weight, Tensor hidden, SymInt size, str backend)"
+    " -> (Tensor grad_detail, Tensor grad_skip, Tensor grad_alpha, Tensor grad_conv1_weight,"
+    " Tensor grad_conv2_weight)",
+    KERNELS,
+    _torch_backward,
+    fake=_fake_backward,
+)

@@ -1,0 +1,93 @@
+"""LayerNorm: y = (x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """The definition, which every kernel is tested against: torch's own, whose statistics are float32 or wider."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, backend: str = AUTO) -> Tensor:
+    """Bring the last dimension of `x` to mean 0 and variance 1, then scale and shift it (arXiv 1607.06450).
+
+    Args:
+        x: (..., N), float32, float16 or bfloat16; float64 on "torch". The SAM necks call it channels-last.
+        weight, bias: (N,), of x's dtype.
+        eps: added to the variance.
+        backend: "auto" or "torch".
+
+    Returns:
+        (..., N), of x's dtype. Mean and (biased) variance are computed in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
+    """
+    checks.alike("layer_norm", x=x, weight=weight, bias=bias)
+    checks.shape("layer_norm", "weight", weight, x.shape[-1:], "x", x)
+    checks.shape("layer_norm", "bias", bias, x.shape[-1:], "x", x)
+    backend = choose("layer_norm", KERNELS, backend, x, weight, bias)
+    if backend == TORCH:
+        return layer_norm_reference(x, weight, bias, eps)
+    return apply(LayerNorm, x, weight, bias, eps, backend)
+
+
+class LayerNorm(torch.autograd.Function):
+    """`layer_norm` through its torch ops."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, backend):
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, backend)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps, ctx.backend = eps, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        grads = layer_norm_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.backend)
+        return *grads, None, None
+
+
+# In order of preference.
+KERNELS: dict[str, Kernel] = {}
+
+
+def _torch_forward(x, weight, bias, eps):
+    kept = statistics(x, x.shape[:-1], TORCH)
+    return layer_norm_reference(x, weight, bias, eps), kept, torch.empty_like(kept)
+
+
+def _torch_backward(grad_y, x, weight, mean, rstd, eps):
+    # No gradient depends on the bias, so anything of its shape stands for it.
+    return gradients(lambda *inputs: layer_norm_reference(*inputs, eps), (x, weight, torch.zeros_like(weight)), grad_y)
+
+
+layer_norm_forward = define(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps, str backend)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    KERNELS,
+    _torch_forward,
+    fake=lambda x, weight, bias, eps, backend: (
+        torch.empty_like(x),
+        statistics(x, x.shape[:-1], backend),
+        statistics(x, x.shape[:-1], backend),
+    ),
+)
+layer_norm_backward = define(
+    "layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor rstd, float eps, str backend)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    KERNELS,
+    _torch_backward,
+    fake=lambda grad_y, x, weight, mean, rstd, eps, backend: (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    ),
+)

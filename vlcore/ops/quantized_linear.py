@@ -1,0 +1,169 @@
+"""A linear layer whose weight is stored in 8 or 4 bits: weight = scale * integer, one scale a row or a group."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
+
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight (N, K) in symmetric integers; `quantize_weight` makes it.
+
+    Attributes:
+        values: 8 bits: (N, K) int8 in -127..127. 4 bits: (N, ceil(K / 2)) uint8, two a byte, the even column in the
+            low half, each -7..7 stored plus 8.
+        scales: (N, 1) float32, or (N, K / group_size).
+        bits: 8 or 4.
+        group_size: inputs that share a scale; None: the whole row does.
+        shape: (N, K).
+    """
+
+    values: Tensor
+    scales: Tensor
+    bits: int
+    group_size: int | None
+    shape: tuple[int, int]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (N, K) that is stood for, computed in float32 (float64 for float64) and rounded to `dtype`."""
+        return _dequantize(self.values, self.scales, self.bits, self.shape[1], dtype)
+
+
+def quantize_weight(weight: Tensor, bits: int, group_size: int | None = None) -> QuantizedWeight:
+    """Round a weight to symmetric integers, the largest magnitude of each row or group to the largest integer.
+
+    Args:
+        weight: (N, K), floating and finite, K > 0.
+        bits: 8 or 4.
+        group_size: 32, 64 or 128 neighbouring inputs share a scale, and it divides K; None: a row shares one.
+
+    Raises:
+        ValueError: bits, group size or shape as above are not kept, or the weight is not finite.
+    """
+    checks.rank("quantize_weight", "weight", weight, "N K")
+    checks.alike("quantize_weight", weight=weight)
+    if not weight.shape[1]:
+        raise ValueError(f"quantize_weight: the weight {tuple(weight.shape)} has no inputs to find a scale of.")
+    if bits not in (8, 4):
+        raise ValueError(f"quantize_weight: {bits} bits are neither 8 nor 4.")
+    if group_size is not None and (group_size not in GROUP_SIZES or weight.shape[1] % group_size):
+        fitting = f"one of {GROUP_SIZES} that divides the input's {weight.shape[1]}"
+        raise ValueError(f"quantize_weight: group_size {group_size} is not {fitting}.")
+    if not weight.isfinite().all():
+        raise ValueError(f"quantize_weight: the weight {tuple(weight.shape)} holds values that are not finite.")
+    largest = 2 ** (bits - 1) - 1
+    num_groups = 1 if group_size is None else weight.shape[1] // group_size
+    groups = weight.detach().float().unflatten(1, (num_groups, -1))
+    scales = groups.abs().amax(-1) / largest
+    steps = torch.where(scales == 0, 1.0, scales)[..., None]
+    integers = (groups / steps).round().clamp(-largest, largest).flatten(1)
+    values = integers.to(torch.int8) if bits == 8 else _pack(integers)
+    return QuantizedWeight(values, scales, bits, group_size, (weight.shape[0], weight.shape[1]))
+
+
+def _pack(integers: Tensor) -> Tensor:
+    """(N, K) in -7..7 -> (N, ceil(K / 2)) uint8."""
+    shifted = F.pad(integers, (0, integers.shape[1] % 2)).add(8).to(torch.uint8)
+    return shifted[:, 0::2] | shifted[:, 1::2] << 4
+
+
+def _unpack(values: Tensor, num_inputs: int) -> Tensor:
+    """(N, ceil(K / 2)) uint8 -> (N, K) int8 in -7..7."""
+    halves = torch.stack((values & 15, values >> 4), -1).flatten(1)
+    return halves[:, :num_inputs].to(torch.int8) - 8
+
+
+def _dequantize(values: Tensor, scales: Tensor, bits: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    integers = values if bits == 8 else _unpack(values, num_inputs)
+    groups = integers.to(wide).unflatten(1, (scales.shape[1], -1))
+    return (groups * scales.to(wide)[..., None]).flatten(1).to(dtype)
+
+
+def quantized_linear_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """The definition, which every kernel is tested against."""
+    return F.linear(x, weight.dequantize(x.dtype), bias)
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, backend: str = AUTO) -> Tensor:
+    """x @ weight^T + bias with a weight of integers. x and bias have gradients; the weight has none.
+
+    Args:
+        x: (..., K), float32 or bfloat16 (and, on "torch", float16 and float64).
+        weight: of shape (N, K), on x's device.
+        bias: (N,), of x's dtype, or None.
+        backend: "auto" or "torch".
+
+    Returns:
+        (..., N), of x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
+    """
+    checks.alike("quantized_linear", x=x, bias=bias)
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"quantized_linear: x is {tuple(x.shape)}; weight {weight.shape} needs (..., {weight.shape[1]})."
+        )
+    checks.on_device("quantized_linear", "weight", weight.values, "x", x)
+    if bias is not None and bias.shape != (weight.shape[0],):
+        needed = f"weight {weight.shape} needs ({weight.shape[0]},)"
+        raise ValueError(f"quantized_linear: bias is {tuple(bias.shape)}; {needed}.")
+    arguments = (x, weight.values, weight.scales, bias, weight.bits)
+    backend = choose("quantized_linear", KERNELS, backend, *arguments)
+    return apply(QuantizedLinear, *arguments, backend)
+
+
+class QuantizedLinear(torch.autograd.Function):
+    """`quantized_linear` through its torch ops; only the integers are kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, x, values, scales, bias, bits, backend):
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+        ctx.save_for_backward(values, scales)
+        ctx.numbers = (x.shape[-1], bits, backend)
+        return quantized_linear_forward(x, values, scales, bias, bits, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = quantized_linear_backward(grad_y.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+        return grad_x, None, None, grad_bias, None, None
+
+
+# In order of preference.
+KERNELS: dict[str, Kernel] = {}
+
+
+def _torch_forward(x, values, scales, bias, bits):
+    return F.linear(x, _dequantize(values, scales, bits, x.shape[-1], x.dtype), bias)
+
+
+def _torch_backward(grad_y, values, scales, num_inputs, bits):
+    return grad_y @ _dequantize(values, scales, bits, num_inputs, grad_y.dtype)
+
+
+quantized_linear_forward = define(
+    "quantized_linear_forward(Tensor x, Tensor values, Tensor scales, Tensor? bias, int bits, str backend) -> Tensor",
+    KERNELS,
+    _torch_forward,
+    fake=lambda x, values, *rest: x.new_empty(*x.shape[:-1], values.shape[0]),
+)
+quantized_linear_backward = define(
+    "quantized_linear_backward(Tensor grad_y, Tensor values, Tensor scales, SymInt num_inputs, int bits, str backend)"
+    " -> Tensor",
+    KERNELS,
+    _torch_backward,
+    fake=lambda grad_y, values, scales, num_inputs, *rest: grad_y.new_empty(*grad_y.shape[:-1], num_inputs),
+)

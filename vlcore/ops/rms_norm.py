@@ -1,0 +1,119 @@
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, the mean taken over the last dimension."""
+
+import torch
+from torch import Tensor
+
+from vlcore import native
+from vlcore.kernels import launch
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """The definition, which every kernel is tested against."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rstd = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    return (x.to(wide) * rstd * weight.to(wide)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = AUTO) -> Tensor:
+    """Normalise `x` by its root mean square and scale it by `weight` (arXiv 1910.07467).
+
+    Args:
+        x: (..., N), float32, float16 or bfloat16; float64 on "torch".
+        weight: (N,), of x's dtype.
+        eps: added to the mean square.
+        backend: "auto", "torch", "triton" or "cpp".
+
+    Returns:
+        (..., N), of x's dtype. The mean square is computed in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
+    """
+    checks.alike("rms_norm", x=x, weight=weight)
+    checks.shape("rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    backend = choose("rms_norm", KERNELS, backend, x, weight)
+    if backend == TORCH:
+        return rms_norm_reference(x, weight, eps)
+    return apply(RMSNorm, x, weight, eps, backend)
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` through its torch ops."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, backend):
+        x, weight = x.contiguous(), weight.contiguous()
+        y, rstd = rms_norm_forward(x, weight, eps, backend)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.eps, ctx.backend = eps, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, weight, rstd = ctx.saved_tensors
+        grads = rms_norm_backward(grad_y.contiguous(), x, weight, rstd, ctx.eps, ctx.backend)
+        return *grads, None, None
+
+
+def _triton_refusals(x: Tensor, weight: Tensor) -> list[str]:
+    fits = 1 <= x.shape[-1] <= launch.MAX_BLOCK
+    return launch.refusals(x, weight) + [f"a row of {x.shape[-1]} is not in 1..{launch.MAX_BLOCK}"] * (not fits)
+
+
+def _cpp_refusals(x: Tensor, weight: Tensor) -> list[str]:
+    reasons = {
+        "vlcore was built without its C++ extension": native.cpp is None,
+        "it runs on the CPU only": x.device.type != "cpu",
+        "it computes in float32 only": x.dtype != torch.float32,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
+
+
+def _cpp_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1])
+    native.call(native.cpp.rms_norm_forward, x, weight, y, rstd, rstd.numel(), x.shape[-1], eps)
+    return y, rstd
+
+
+def _cpp_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    native.call(native.cpp.rms_norm_backward, grad_y, x, weight, rstd, grad_x, grad_weight, rstd.numel(), x.shape[-1])
+    return grad_x, grad_weight
+
+
+# In order of preference.
+KERNELS = {
+    "triton": Kernel(
+        native.triton("rms_norm", "forward"),
+        native.triton("rms_norm", "backward"),
+        _triton_refusals,
+        launch.worthwhile,
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
+}
+
+
+def _torch_forward(x, weight, eps):
+    return rms_norm_reference(x, weight, eps), statistics(x, x.shape[:-1], TORCH)
+
+
+def _torch_backward(grad_y, x, weight, rstd, eps):
+    return gradients(lambda x, weight: rms_norm_reference(x, weight, eps), (x, weight), grad_y)
+
+
+rms_norm_forward = define(
+    "rms_norm_forward(Tensor x, Tensor weight, float eps, str backend) -> (Tensor y, Tensor rstd)",
+    KERNELS,
+    _torch_forward,
+    fake=lambda x, weight, eps, backend: (torch.empty_like(x), statistics(x, x.shape[:-1], backend)),
+)
+rms_norm_backward = define(
+    "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, float eps, str backend)"
+    " -> (Tensor grad_x, Tensor grad_weight)",
+    KERNELS,
+    _torch_backward,
+    fake=lambda grad_y, x, weight, rstd, eps, backend: (torch.empty_like(x), torch.empty_like(weight)),
+)

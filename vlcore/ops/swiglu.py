@@ -1,0 +1,69 @@
+"""SwiGLU: y = silu(gate) * up, elementwise, with silu(g) = g * sigmoid(g)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The definition, which every kernel is tested against."""
+    return F.silu(gate) * up
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str = AUTO) -> Tensor:
+    """The gate of LLaMA's MLP: silu(gate) * up (arXiv 2002.05202).
+
+    Args:
+        gate: (...), float32, float16 or bfloat16; float64 on "torch".
+        up: of gate's shape and dtype.
+        backend: "auto" or "torch".
+
+    Returns:
+        Of gate's shape and dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
+    """
+    checks.alike("swiglu", gate=gate, up=up)
+    checks.shape("swiglu", "up", up, gate.shape, "gate", gate)
+    backend = choose("swiglu", KERNELS, backend, gate, up)
+    if backend == TORCH:
+        return swiglu_reference(gate, up)
+    return apply(SwiGLU, gate, up, backend)
+
+
+class SwiGLU(torch.autograd.Function):
+    """`swiglu` through its torch ops. The backward computes silu(gate) again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, gate, up, backend):
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.backend = backend
+        return swiglu_forward(gate, up, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        grads = swiglu_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.backend)
+        return *grads, None
+
+
+# In order of preference.
+KERNELS: dict[str, Kernel] = {}
+
+swiglu_forward = define(
+    "swiglu_forward(Tensor gate, Tensor up, str backend) -> Tensor",
+    KERNELS,
+    swiglu_reference,
+    fake=lambda gate, up, backend: torch.empty_like(gate),
+)
+swiglu_backward = define(
+    "swiglu_backward(Tensor grad_y, Tensor gate, Tensor up, str backend) -> (Tensor grad_gate, Tensor grad_up)",
+    KERNELS,
+    lambda grad_y, gate, up: gradients(swiglu_reference, (gate, up), grad_y),
+    fake=lambda grad_y, gate, up, backend: (torch.empty_like(gate), torch.empty_like(up)),
+)

@@ -1,0 +1,150 @@
+"""SAM's attention within windows, equal to attention on the map that is zero-padded to whole windows.
+
+A padded position takes part as a key whose qkv is the bias of the projection (0 through a linear layer), unmasked.
+What it would attend to as a query is cropped away: a kernel may leave it out; the reference computes it and crops.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.rel_pos_attention import rel_pos_attention_reference
+
+
+def window_attention_reference(
+    qkv: Tensor, qkv_bias: Tensor | None, rel_pos_h: Tensor, rel_pos_w: Tensor, window: int = 14
+) -> Tensor:
+    """The definition, which every kernel is tested against."""
+    batch, height, width, _, heads, head_dim = qkv.shape
+    rows, cols = -(-height // window), -(-width // window)
+    padded = _pad(qkv, qkv_bias, rows * window, cols * window)
+    # (3, B, window row, window column, H, y, x, D)
+    windows = padded.view(batch, rows, window, cols, window, 3, heads, head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = windows.reshape(3, batch * rows * cols, heads, window**2, head_dim)
+    out = rel_pos_attention_reference(q, k, v, rel_pos_h, rel_pos_w, (window, window))
+    out = out.view(batch, rows, cols, heads, window, window, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(batch, rows * window, cols * window, heads * head_dim)
+    return out[:, :height, :width].contiguous()
+
+
+def _pad(qkv: Tensor, qkv_bias: Tensor | None, height: int, width: int) -> Tensor:
+    """qkv (B, Y, X, 3, H, D) at the top left of (B, height, width, 3, H, D) that holds the bias elsewhere."""
+    below, right = height - qkv.shape[1], width - qkv.shape[2]
+    if not (below or right):
+        return qkv.contiguous()
+    if qkv_bias is None:
+        return F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, right, 0, below))
+    batch, _, real_width = qkv.shape[:3]
+    qkv = torch.cat((qkv, qkv_bias.expand(batch, qkv.shape[1], right, *qkv_bias.shape)), 2)
+    return torch.cat((qkv, qkv_bias.expand(batch, below, width, *qkv_bias.shape)), 1)
+
+
+def window_attention(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    window: int = 14,
+    *,
+    backend: str = AUTO,
+) -> Tensor:
+    """Attend within windows, equal to SAM's attention on the map that is zero-padded before the qkv projection.
+
+    Args:
+        qkv: (B, Y, X, 3, H, D) at the real positions, bias included; float32, float16 or bfloat16, float64 on
+            "torch". Any Y and X.
+        qkv_bias: (3, H, D), what a padded position holds, of qkv's dtype; None: it holds zeros.
+        rel_pos_h, rel_pos_w: (2 * window - 1, D), of qkv's dtype.
+        window: side of a window; windows start at the top left.
+        backend: "auto" or "torch".
+
+    Returns:
+        (B, Y, X, H * D), of qkv's dtype. Within a window as `rel_pos_attention`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
+    """
+    checks.rank("window_attention", "qkv", qkv, "B Y X 3 H D")
+    if qkv.shape[3] != 3:
+        raise ValueError(f"window_attention: qkv is {tuple(qkv.shape)}; dimension 3 holds q, k and v.")
+    checks.alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)
+    if window < 1:
+        raise ValueError(f"window_attention: a window of {window} holds nothing.")
+    if qkv_bias is not None:
+        checks.shape("window_attention", "qkv_bias", qkv_bias, qkv.shape[3:], "qkv", qkv)
+    for name, table in (("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)):
+        if table.shape != (2 * window - 1, qkv.shape[5]):
+            needed = f"a window of {window} and heads of {qkv.shape[5]} need {(2 * window - 1, qkv.shape[5])}"
+            raise ValueError(f"window_attention: {name} is {tuple(table.shape)}; {needed}.")
+    arguments = (qkv, qkv_bias, rel_pos_h, rel_pos_w, window)
+    backend = choose("window_attention", KERNELS, backend, *arguments)
+    if backend == TORCH:
+        return window_attention_reference(*arguments)
+    return apply(WindowAttention, *arguments, backend)
+
+
+class WindowAttention(torch.autograd.Function):
+    """`window_attention` through its torch ops; lse is the logarithm of each softmax's denominator, (B, H, Y, X)."""
+
+    @staticmethod
+    def forward(ctx, qkv, qkv_bias, rel_pos_h, rel_pos_w, window, backend):
+        inputs = [None if tensor is None else tensor.contiguous() for tensor in (qkv, qkv_bias, rel_pos_h, rel_pos_w)]
+        out, lse = window_attention_forward(*inputs, window, backend)
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.numbers = (window, backend)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        grad_qkv, grad_bias, grad_h, grad_w = window_attention_backward(
+            grad_out.contiguous(), *ctx.saved_tensors, *ctx.numbers
+        )
+        return grad_qkv, None if ctx.saved_tensors[1] is None else grad_bias, grad_h, grad_w, None, None
+
+
+# In order of preference.
+KERNELS: dict[str, Kernel] = {}
+
+
+def _torch_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window):
+    out = window_attention_reference(qkv, qkv_bias, rel_pos_h, rel_pos_w, window)
+    return out, statistics(qkv, (), TORCH)
+
+
+def _torch_backward(grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, lse, window):
+    if qkv_bias is None:
+        qkv_bias = qkv.new_zeros(qkv.shape[3:])
+    inputs = (qkv, qkv_bias, rel_pos_h, rel_pos_w)
+    return gradients(lambda *inputs: window_attention_reference(*inputs, window), inputs, grad_out)
+
+
+def _fake_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window, backend):
+    batch, height, width, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(batch, height, width, heads * head_dim)
+    return out, statistics(qkv, (batch, heads, height, width), backend)
+
+
+window_attention_forward = define(
+    "window_attention_forward(Tensor qkv, Tensor? qkv_bias, Tensor rel_pos_h, Tensor rel_pos_w, SymInt window,"
+    " str backend) -> (Tensor out, Tensor lse)",
+    KERNELS,
+    _torch_forward,
+    fake=_fake_forward,
+)
+# The gradient of a bias that is None is that of the zeros in its place.
+window_attention_backward = define(
+    "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor? qkv_bias, Tensor rel_pos_h, Tensor rel_pos_w,"
+    " Tensor out, Tensor lse, SymInt window, str backend)"
+    " -> (Tensor grad_qkv, Tensor grad_qkv_bias, Tensor grad_rel_pos_h, Tensor grad_rel_pos_w)",
+    KERNELS,
+    _torch_backward,
+    fake=lambda grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, *rest: (
+        torch.empty_like(qkv),
+        qkv.new_empty(qkv.shape[3:]),
+        torch.empty_like(rel_pos_h),
+        torch.empty_like(rel_pos_w),
+    ),
+)
