@@ -4,12 +4,37 @@ Sizes of the presets are those of the released models (their public config.json 
 section 3); everything that follows from them, such as grids and token counts, is a property.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+
+# Which part of the model a parameter belongs to, by the beginning of its name; the paper counts the two stride-2
+# convolutions as the adaptor's.
+PARTS = {
+    "vision.sam.": "sam",
+    "vision.siglip.": "siglip",
+    "vision.downsample.": "adaptor",
+    "adaptor.": "adaptor",
+    "language.": "language",
+    "lm_head.": "language",
+}
+
+# What both vision towers have that must be positive.
+TOWER_SIZES = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "layer_norm_eps",
+    "std",
+)
 
 ADAPTOR_KINDS = ("hybrid", "mlp_gelu", "shared", "separate")
 
@@ -29,6 +54,7 @@ class SiglipConfig:
     std: tuple[float, float, float] = HALF
 
     def __post_init__(self):
+        _check_positive(self, *TOWER_SIZES)
         _check_divides("SiglipConfig", "patch_size", self.patch_size, "image_size", self.image_size)
         _check_divides("SiglipConfig", "num_heads", self.num_heads, "hidden_size", self.hidden_size)
 
@@ -60,6 +86,7 @@ class SamConfig:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self):
+        _check_positive(self, *TOWER_SIZES, "window_size", "neck_channels")
         _check_divides("SamConfig", "patch_size", self.patch_size, "image_size", self.image_size)
         _check_divides("SamConfig", "num_heads", self.num_heads, "hidden_size", self.hidden_size)
         if not self.global_layers or any(not 0 <= i < self.num_layers for i in self.global_layers):
@@ -99,6 +126,9 @@ class LlamaConfig:
     pad_token_id: int = 100001
 
     def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_positions", "rope_theta", "rms_norm_eps")
+        _check_positive(self, *sizes, "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        _check_in_vocabulary(self, self.vocab_size, "bos_token_id", "eos_token_id", "pad_token_id")
         _check_divides("LlamaConfig", "num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
         if self.head_dim % 2:
             raise ValueError(f"LlamaConfig: head_dim {self.head_dim} is odd; rotary positions turn pairs.")
@@ -130,10 +160,14 @@ class VLConfig:
             raise ValueError(
                 f"VLConfig: adaptor {self.adaptor!r} does not fit {towers}; 'mlp_gelu' is for SigLIP alone."
             )
-        if not 0 <= self.image_token_id < self.language.vocab_size:
+        if self.sam and self.language.hidden_size % 2:
             raise ValueError(
-                f"VLConfig: image_token_id {self.image_token_id} is not in a vocabulary of {self.language.vocab_size}."
+                f"VLConfig: the language model's hidden_size {self.language.hidden_size} is odd; "
+                f"adaptor {self.adaptor!r} gives each tower half of it."
             )
+        if len(self.pad_color) != 3 or any(not 0 <= channel <= 255 for channel in self.pad_color):
+            raise ValueError(f"VLConfig: pad_color {self.pad_color} is not RGB in 0..255.")
+        _check_in_vocabulary(self, self.language.vocab_size, "image_token_id")
 
     @property
     def image_size(self) -> int:
@@ -149,6 +183,20 @@ class VLConfig:
 def _check_divides(where: str, part_name: str, part: int, whole_name: str, whole: int) -> None:
     if part <= 0 or whole % part:
         raise ValueError(f"{where}: {part_name} {part} does not divide {whole_name} {whole}.")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    """Each of these fields, or each number in it, must be positive and finite."""
+    for name in names:
+        value = getattr(config, name)
+        if any(not 0 < number < math.inf for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{type(config).__name__}: {name} {value} needs to be positive and finite.")
+
+
+def _check_in_vocabulary(config: Any, vocab_size: int, *names: str) -> None:
+    for name in names:
+        if not 0 <= (token_id := getattr(config, name)) < vocab_size:
+            raise ValueError(f"{type(config).__name__}: {name} {token_id} is not in a vocabulary of {vocab_size}.")
 
 
 def tiny() -> VLConfig:
@@ -186,26 +234,26 @@ def demo() -> VLConfig:
     """A few million parameters, hybrid, small images: what `make demo` trains from scratch on a CPU."""
     return VLConfig(
         siglip=SiglipConfig(
-            image_size=48, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=3, num_heads=4
+            image_size=48, patch_size=12, hidden_size=96, intermediate_size=384, num_layers=3, num_heads=3
         ),
         sam=SamConfig(
             image_size=96,
-            patch_size=8,
-            hidden_size=96,
-            intermediate_size=384,
+            patch_size=12,
+            hidden_size=64,
+            intermediate_size=256,
             num_layers=3,
-            num_heads=4,
-            window_size=7,
+            num_heads=2,
+            window_size=5,
             global_layers=(1, 2),
-            neck_channels=32,
+            neck_channels=24,
         ),
         language=LlamaConfig(
             vocab_size=4096,
-            hidden_size=192,
-            intermediate_size=512,
+            hidden_size=160,
+            intermediate_size=448,
             num_layers=4,
-            num_heads=6,
-            num_kv_heads=3,
+            num_heads=5,
+            num_kv_heads=5,
             head_dim=32,
             max_positions=1024,
             bos_token_id=0,
@@ -213,7 +261,6 @@ def demo() -> VLConfig:
             pad_token_id=1,
         ),
         image_token_id=2,
-        pad_color=(127, 127, 127),
     )
 
 

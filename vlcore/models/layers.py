@@ -1,0 +1,103 @@
+"""Layers that compute in the dtype of what they are fed, whatever dtype their own weights are kept in.
+
+A model with float32 weights computes in bfloat16 when its input is bfloat16: mixed precision without autocast, and the
+gradients arrive in float32.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlcore import ops
+
+Output = TypeVar("Output")
+
+
+class Linear(nn.Linear):
+    """x (..., in_features) -> (..., out_features), of x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv2d(nn.Conv2d):
+    """x (B, in_channels, Y, X) -> (B, out_channels, Y', X'), of x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding)
+
+
+class Embedding(nn.Embedding):
+    """ids (...) -> (..., embedding_dim), of the dtype asked for."""
+
+    def forward(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.embedding(ids, self.weight).to(dtype or self.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, statistics in float32; x (..., N) -> (..., N), of x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """The norm of a residual stream: adds what the last sublayer gave to the stream, and normalises the sum."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual (..., N) -> (norm(x + residual), x + residual), of x's dtype; no residual counts as zero."""
+        weight = self.weight.to(x.dtype)
+        if residual is None:
+            return ops.rms_norm(x, weight, self.eps), x
+        return ops.add_rms_norm(x, residual, weight, self.eps)
+
+
+class Mlp(nn.Module):
+    """The vision towers' feed-forward: Linear, exact (erf) GELU, Linear."""
+
+    def __init__(self, size: int, hidden_size: int):
+        super().__init__()
+        self.fc1 = Linear(size, hidden_size)
+        self.fc2 = Linear(hidden_size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PatchEmbedding(Conv2d):
+    """Non-overlapping patches through one linear map: pixels (B, 3, S, S) -> (B, S / patch, S / patch, size)."""
+
+    def __init__(self, patch_size: int, size: int):
+        super().__init__(3, size, patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels).permute(0, 2, 3, 1)
+
+
+def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(pixels - mean) / std for each of the three channels of (B, 3, Y, X), in float32 at least."""
+    pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    shape = (3, 1, 1)
+    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+
+
+def run_block(block: Callable[..., Output], *arguments, recompute: bool) -> Output:
+    """block(*arguments); with `recompute`, what it computes inside is dropped and computed again for the gradients."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of `module` is trained, so that it needs no graph."""
+    return not any(parameter.requires_grad for parameter in module.parameters())

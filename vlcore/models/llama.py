@@ -1,0 +1,111 @@
+"""LLaMA, the language model: pre-RMSNorm blocks of rotary causal attention and SwiGLU, without biases."""
+
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from vlcore import ops
+from vlcore.config import LlamaConfig
+from vlcore.models.layers import Embedding, Linear, RMSNorm, run_block
+
+
+class Memory(Protocol):
+    """Keys and values from outside of the call, such as a KV cache: it attends in place of plain causal attention."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, theta: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """q (B, T, Hq, D), k and v (B, T, Hkv, D), none of them rotated, positions (B, T) -> (B, T, Hq, D)."""
+
+
+class Llama(nn.Module):
+    """Attributes:
+    activation_checkpointing: recompute the layers' activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaLayer(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, *, cu_seqlens: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """Run the layers and the final norm.
+
+        Args:
+            embeddings: (B, T, D).
+            positions: (B, T) int, each token's place in its sequence.
+            cu_seqlens: (num_sequences + 1,) int32, the borders of the sequences that B = 1 packs.
+            memory: attends in place of plain causal attention within this call.
+
+        Returns:
+            (B, T, D) hidden states, of the dtype of `embeddings`.
+        """
+        x, residual = embeddings, None
+        for layer in self.layers:
+            arguments = (x, residual, positions, cu_seqlens, memory)
+            x, residual = run_block(layer, *arguments, recompute=self.activation_checkpointing)
+        return self.norm(x, residual)[0]
+
+
+class LlamaLayer(nn.Module):
+    """Attention, then the MLP, each reading the norm of the residual stream.
+
+    A sublayer's result joins the stream in the norm that follows, which makes one pass of the sum and the norm.
+    """
+
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMlp(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, positions: Tensor, cu_seqlens: Tensor | None, memory: Memory | None
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual (B, T, D), whose sum is the stream -> the same after this layer."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, positions, cu_seqlens, memory)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention: num_heads query heads share num_kv_heads keys and values."""
+
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.rope_theta = config.rope_theta
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_BTHD, k_BTHD, v_BTHD = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        attend = ops.rope_attention if memory is None else partial(memory.attend, self.index)
+        attended_BTHD = attend(q_BTHD, k_BTHD, v_BTHD, positions, theta=self.rope_theta, cu_seqlens=cu_seqlens)
+        return self.o_proj(attended_BTHD.flatten(2))
+
+
+class LlamaMlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, size: int, hidden_size: int):
+        super().__init__()
+        self.gate_proj = Linear(size, hidden_size, bias=False)
+        self.up_proj = Linear(size, hidden_size, bias=False)
+        self.down_proj = Linear(hidden_size, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
