@@ -1,0 +1,274 @@
+"""Generation: all prompts of a batch in one prefill, then one token a row and step, with a cache of keys and values."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlcore import ops
+from vlcore.config import LlamaConfig
+from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.processing import Batch, Encoded, ImageError, Processor, pack
+from vlcore.processing.text_stream import TextStream
+
+
+class KVCache:
+    """Rotated keys, and values, of every layer and row: what `Llama` attends with in place of plain attention.
+
+    `begin`, a forward over the prompts, then for each further token a forward of (batch, 1) and `advance`.
+
+    Attributes:
+        keys, values: one (batch, capacity, num_kv_heads, head_dim) a layer.
+        lengths: (batch,) int64, tokens in the cache of each row. Rows begin at slot 0, however long they are.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        # Zeros, since what is masked still meets the softmax's zero weights, and 0 * NaN is NaN.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.capacity = capacity
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._places: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Say how long the prompts are, before the forward that holds them: packed, or in rows of one length.
+
+        Raises:
+            ValueError: there are more or fewer than rows, or one does not fit.
+        """
+        if len(lengths) != len(self.lengths) or not 0 < min(lengths) <= max(lengths) <= self.capacity:
+            raise ValueError(
+                f"KVCache.begin: prompts of {list(lengths)} tokens do not fit {len(self.lengths)} rows of 1 to "
+                f"{self.capacity}."
+            )
+        device = self.lengths.device
+        self.lengths = torch.tensor(lengths, device=device)
+        rows = torch.arange(len(lengths), device=device).repeat_interleave(self.lengths)
+        self._places = rows, torch.cat([torch.arange(length, device=device) for length in lengths])
+
+    def advance(self, rows: Tensor | int = 1) -> None:
+        """Keep the token that the last forward wrote; with `rows` (batch,) bool only in those rows."""
+        self.lengths = self.lengths + rows
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, theta: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Write k and v of a layer and attend: to the prompt itself in prefill, to the whole row with one token a row.
+
+        Args:
+            q, k, v: (B, T, Hq, D) and (B, T, Hkv, D), not rotated; B = 1 where `cu_seqlens` packs the prompts.
+            positions: (B, T).
+
+        Returns:
+            (B, T, Hq, D).
+        """
+        if cu_seqlens is None and q.shape[1] == 1:
+            return ops.decode_attention(q, k, v, self.keys[layer], self.values[layer], self.lengths, theta=theta)
+        if self._places is None:
+            raise ValueError("KVCache.attend: call begin with the prompts' lengths before the first forward.")
+        self.keys[layer][self._places] = ops.apply_rope(k, positions, theta).flatten(0, 1)
+        self.values[layer][self._places] = v.flatten(0, 1)
+        return ops.rope_attention(q, k, v, positions, theta=theta, cu_seqlens=cu_seqlens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from the logits, in this order.
+
+    Attributes:
+        repetition_penalty: logits of tokens that the row holds, prompt included and image placeholders not, are
+            divided by it where positive and multiplied where negative (as transformers does; arXiv 1909.05858).
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: of the likeliest tokens, as many as it takes to reach this probability are drawn from (arXiv 1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be a positive number; 1 is none.")
+
+    def choose(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """logits (B, V), seen (B, V) bool or None -> (B,) ids."""
+        logits = logits.float()
+        if seen is not None:
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        # The largest is taken off first: a small temperature may not make infinities of them.
+        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        probabilities, ids = scaled.softmax(-1).sort(-1, descending=True)
+        above = probabilities.cumsum(-1) - probabilities
+        kept = probabilities.masked_fill(above >= self.top_p, 0)
+        return ids.gather(-1, torch.multinomial(kept, 1, generator=generator)).squeeze(-1)
+
+
+def generate(
+    model: DeepSeekVL,
+    processor: Processor,
+    conversation: Sequence[Any],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stream: Callable[..., None] | None = None,
+) -> str | list[str]:
+    """Answer a conversation, or a list of them at once.
+
+    Prompts of different lengths are packed, so that a row of a batch is computed as it would be alone. A row ends with
+    EOS or after `max_new_tokens`. Image placeholders, and ids that the tokenizer has no token for, are never chosen.
+
+    Args:
+        model: on any device; it is run in eval mode, and left in the mode it was in.
+        processor: of the same model.
+        conversation: one, or a list of them, in either style that `read_conversation` takes, ending with the user's
+            turn.
+        max_new_tokens: the most tokens of an answer.
+        temperature, top_p, repetition_penalty: see `Sampling`; by default the likeliest token is taken.
+        seed: makes sampling repeatable on one device, for the same list of conversations.
+        stream: called with each piece of text as soon as it is final, `stream(piece)`; for a list of conversations
+            `stream(row, piece)`. Pieces are whole characters, and together the answer.
+
+    Returns:
+        The answer, or a list of them: text without the white space that it begins with, and without a last character
+        of which `max_new_tokens` left only a part.
+
+    Raises:
+        ValueError: an argument out of its range, a malformed conversation, or more tokens than the model has positions.
+        ImageError: an image cannot be used.
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens!r} must be a positive integer.")
+    is_list = isinstance(conversation, (list, tuple)) and all(isinstance(c, (list, tuple)) for c in conversation)
+    if is_list and not conversation:
+        raise ValueError("There are no conversations to answer.")
+    prompts = _encode(processor, conversation if is_list else [conversation], is_list)
+    _check_lengths(prompts, max_new_tokens, model.config.language.max_positions, is_list)
+    emit = stream
+    if stream is not None and not is_list:
+        emit = lambda row, piece: stream(piece)  # noqa: E731 - the one place where the forms of stream meet
+    with evaluating(model) as device:
+        batch = pack(prompts, processor).to(device)
+        answers = _answer(model, processor, batch, max_new_tokens, sampling, seed, emit)
+    return answers if is_list else answers[0]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode without gradients; gives the device that the model is on, and leaves every module in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _answer(
+    model: DeepSeekVL,
+    processor: Processor,
+    prompts: Batch,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int | None,
+    emit: Callable[[int, str], None] | None,
+) -> list[str]:
+    device, end = prompts.input_ids.device, processor.control.eos
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    num_rows, capacity = len(prompts.lengths), max(prompts.lengths) + max_new_tokens
+    cache = KVCache(model.config.language, num_rows, capacity, model.compute_dtype, device)
+    impossible = torch.arange(model.config.language.vocab_size, device=device) >= processor.num_token_ids
+    impossible[processor.control.image] = True
+    seen = None if sampling.repetition_penalty == 1 else _seen(prompts, processor.control.image, impossible.numel())
+    texts = [TextStream(processor.decode) for _ in range(num_rows)]
+    running = torch.ones(num_rows, dtype=torch.bool, device=device)
+    hidden = _prefill(model, prompts, cache)
+    for step in range(max_new_tokens):
+        logits = model.lm_head(hidden).masked_fill(impossible, -math.inf)
+        tokens = sampling.choose(logits, seen, generator)
+        running = running & (tokens != end)
+        # The one place where the host waits for the device.
+        ids = tokens.where(running, end).tolist()
+        for row, token in enumerate(ids):
+            piece = "" if token == end else texts[row].push(token)
+            if piece and emit is not None:
+                emit(row, piece)
+        if step + 1 == max_new_tokens or all(token == end for token in ids):
+            break
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        hidden = _decode(model, tokens, cache)
+        # A row that has ended keeps writing to the slot behind its last token.
+        cache.advance(running)
+    return [text.text for text in texts]
+
+
+def _prefill(model: DeepSeekVL, prompts: Batch, cache: KVCache) -> Tensor:
+    """The hidden states (B, D) of the prompts' last tokens, the only ones whose logits are wanted."""
+    assert prompts.cu_seqlens is not None
+    cache.begin(prompts.lengths)
+    output = model(
+        prompts.input_ids,
+        prompts.pixels,
+        positions=prompts.positions,
+        cu_seqlens=prompts.cu_seqlens,
+        memory=cache,
+        return_logits=False,
+    )
+    return output.hidden[0, prompts.cu_seqlens[1:].long() - 1]
+
+
+def _decode(model: DeepSeekVL, tokens: Tensor, cache: KVCache) -> Tensor:
+    """One token (B,) a row -> its hidden states (B, D)."""
+    positions = cache.lengths[:, None]
+    return model(tokens[:, None], positions=positions, memory=cache, return_logits=False).hidden[:, 0]
+
+
+def _seen(prompts: Batch, image_id: int, vocab_size: int) -> Tensor:
+    """(B, V) bool: the tokens that each prompt holds, but for image placeholders."""
+    assert prompts.cu_seqlens is not None
+    lengths = prompts.cu_seqlens.diff().long()
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    seen = torch.zeros(len(lengths), vocab_size, dtype=torch.bool, device=lengths.device)
+    seen[rows, prompts.input_ids[0]] = True
+    seen[:, image_id] = False
+    return seen
+
+
+def _encode(processor: Processor, conversations: Sequence[Any], is_list: bool) -> list[Encoded]:
+    prompts = []
+    for index, conversation in enumerate(conversations):
+        try:
+            prompts.append(processor.encode_conversation(conversation, open_turn=True))
+        except ValueError as error:
+            if not is_list:
+                raise
+            kind = ImageError if isinstance(error, ImageError) else ValueError
+            raise kind(f"conversations[{index}]: {error}") from error
+    return prompts
+
+
+def _check_lengths(prompts: Sequence[Encoded], max_new_tokens: int, max_positions: int, is_list: bool) -> None:
+    for index, prompt in enumerate(prompts):
+        if len(prompt) + max_new_tokens > max_positions:
+            which = f"conversations[{index}]" if is_list else "The conversation"
+            raise ValueError(
+                f"{which} has {len(prompt)} tokens with its {len(prompt.images)} images; with max_new_tokens "
+                f"{max_new_tokens} that is more than the model's {max_positions} positions."
+            )
