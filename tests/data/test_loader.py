@@ -1,0 +1,208 @@
+"""Batches out of a mixture: replaced bad samples, packing, workers, augmentation."""
+
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from toy_data import Listed, captions, instructions, mixture, square, texts
+
+from vlcore.data import BadSample, Encoder, Entry, Loader, Mixture, Sample, Sampler
+
+PLACEHOLDER = 3
+
+
+def encoder(processor, **settings):
+    return Encoder(processor=processor, **{"sequence_length": 128, **settings})
+
+
+def loader(processor, mix, *, steps=4, samples=6, sequence_length=128, micro_batch_size=4, workers=0, **settings):
+    sampler = Sampler(mix, steps=steps, samples_per_step=samples, seed=5)
+    return Loader(
+        sampler,
+        encoder(processor, sequence_length=sequence_length),
+        micro_batch_size=micro_batch_size,
+        num_workers=workers,
+        **settings,
+    )
+
+
+def of(*sources):
+    return Mixture(entries=tuple(Entry(source=source) for source in sources))
+
+
+def same(one, two):
+    assert (one.step, one.is_last, one.samples, one.rejections) == (two.step, two.is_last, two.samples, two.rejections)
+    for a, b in zip(one.batches, two.batches, strict=True):
+        assert a.sample_ids == b.sample_ids
+        torch.testing.assert_close(a.input_ids, b.input_ids, rtol=0, atol=0)
+        torch.testing.assert_close(a.labels, b.labels, rtol=0, atol=0)
+        if a.pixels is not None:
+            torch.testing.assert_close(a.pixels, b.pixels, rtol=0, atol=0)
+
+
+def test_a_step_comes_in_micro_batches(processor):
+    portions = list(loader(processor, of(captions())).portions())
+    assert [(p.step, p.is_last, len(p.batches[0].input_ids)) for p in portions[:4]] == [
+        (0, False, 4),
+        (0, True, 2),
+        (1, False, 4),
+        (1, True, 2),
+    ]
+    assert len(portions) == 8
+    batch = portions[0].batches[0]
+    assert batch.pixels.shape == (4, 3, 160, 160)
+    assert batch.attention_mask is None and batch.cu_seqlens is None
+    assert portions[0].samples == {"captions": 4} and portions[0].tokens == {"captions": batch.num_tokens}
+    assert all(name.startswith("captions/captions-") for name in batch.sample_ids)
+
+
+def shifted(image: Image.Image, generator) -> Image.Image:
+    return ImageOps.expand(image, int(generator.integers(1, 9)))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_workers_and_the_starting_point_change_nothing(processor, packing):
+    entries = (Entry(source=captions(), augment=shifted), Entry(source=texts()))
+    broken = Entry(source=Listed("broken", "text", [None, *texts("broken", 3).samples]))
+    make = partial(loader, processor, Mixture(entries=(*entries, broken)), packing=packing)
+    whole = list(make().portions())
+    assert any(p.rejections for p in whole)
+    with_workers = list(make(workers=2).portions())
+    resumed = list(make(workers=1).portions(2))
+    for one, two in zip(whole, with_workers, strict=True):
+        same(one, two)
+    for one, two in zip(whole[-len(resumed) :], resumed, strict=True):
+        same(one, two)
+    assert resumed[0].step == 2
+
+
+def test_loading_leaves_torchs_generator_alone(processor):
+    before = torch.get_rng_state()
+    list(loader(processor, of(texts()), workers=1, steps=1).portions())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_portion_is_pinned_with_every_tensor_of_its_batches(processor, monkeypatch):
+    portion = next(loader(processor, of(captions()), steps=1).portions())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    pinned = portion.pin_memory()
+    assert (pinned.samples, pinned.step, pinned.is_last) == (portion.samples, portion.step, portion.is_last)
+    (before,), (after,) = portion.batches, pinned.batches
+    assert after.sample_ids == before.sample_ids and after.positions is None
+    for name in ("input_ids", "labels", "pixels"):
+        assert torch.equal(getattr(after, name), getattr(before, name) + 1)
+
+
+def test_packing_fills_rows_up_to_the_budget_and_parts_samples(processor):
+    mix = of(texts(length=30))
+    portions = list(
+        loader(processor, mix, packing=True, micro_batch_size=2, samples=9, samples_per_sequence=3).portions()
+    )
+    assert [len(p.batches) >= 1 for p in portions] == [True] * 8
+    for batch in (batch for portion in portions for batch in portion.batches):
+        assert batch.input_ids.shape[0] == 1 and batch.num_tokens == batch.input_ids.shape[1] <= 256
+        starts = batch.cu_seqlens[:-1].long()
+        assert (batch.input_ids[0, starts] == 1).all()  # BOS
+        assert (batch.positions[0, starts] == 0).all()
+    assert sum(len(b.sample_ids) for p in portions for b in p.batches) == 4 * 9
+    assert sum(p.samples.total() for p in portions) == 4 * 9
+
+
+def test_bad_samples_are_replaced_by_good_ones_of_the_same_source_and_named(processor):
+    source = Listed("half", "text", [None, *texts("half", 8).samples[1:]])
+    portions = list(loader(processor, of(source), steps=8).portions())
+    assert all(len(b.sample_ids) == b.input_ids.shape[0] for p in portions for b in p.batches)
+    assert sum(p.samples["half"] for p in portions) == 48
+    rejected = {r for p in portions for r in p.rejections}
+    assert {(r.source, r.sample_id, r.reason) for r in rejected} == {("half", "half-0", "it is broken")}
+
+
+def test_a_source_without_good_samples_is_a_failure_that_says_so(processor):
+    portion = next(loader(processor, of(Listed("ruin", "text", [None] * 9))).portions())
+    assert portion.batches == []
+    assert "20 samples in a row drawn from 'ruin' are bad; of the last one, 'ruin-" in portion.failure
+    assert "it is broken" in portion.failure
+
+
+def text_sample(text, **keys):
+    return Sample(id="s", modality="text", document=[text], **keys)
+
+
+def test_documents_learn_their_text_and_not_their_images(processor):
+    encoded, cut = encoder(processor)(captions()[0])
+    is_image = encoded.input_ids == PLACEHOLDER
+    assert is_image.sum() == 16 and cut == 0
+    assert (encoded.labels[is_image] == -100).all() and encoded.labels[0] == -100
+    assert torch.equal(encoded.labels[~is_image][1:], encoded.input_ids[~is_image][1:])
+
+
+def test_conversations_learn_answers_or_all_text(processor):
+    sample = instructions()[0]
+    answers, _ = encoder(processor, supervise="answers")(sample)
+    everything, _ = encoder(processor, supervise="text")(sample)
+    answer = sample.conversation[1]["content"]
+    learned = answers.labels[answers.labels != -100]
+    assert processor.decode(learned) == f" {answer}" and learned[-1] == 2
+    assert torch.equal(answers.input_ids, everything.input_ids)
+    is_image = everything.input_ids == PLACEHOLDER
+    assert ((everything.labels == -100) == is_image).sum() == len(is_image) - 1  # BOS
+
+
+def test_overlong_documents_are_skipped_or_cut(processor):
+    sample = text_sample("a b c d e f g h")
+    length = len(processor.encode_document(["a b c d e f g h"]))
+    with pytest.raises(BadSample, match=f"has {length} tokens, over the sequence length of 6"):
+        encoder(processor, sequence_length=6)(sample)
+    encoded, cut = encoder(processor, sequence_length=6, overlong="truncate")(sample)
+    assert (len(encoded), cut) == (6, length - 6)
+    with pytest.raises(BadSample, match="over the sequence length of 6"):
+        encoder(processor, sequence_length=6, overlong="truncate")(captions()[0])
+    with pytest.raises(BadSample, match="over the sequence length of 6"):
+        encoder(processor, sequence_length=6, overlong="truncate")(instructions()[0])
+
+
+@pytest.mark.parametrize(
+    "sample, settings, reason",
+    [
+        (text_sample("words"), {"supervise": "answers"}, "it is a document, but only answers are supervised"),
+        (Sample(id="s", modality="text", document=[square(0), "x"]), {}, "has 1 images, but its source is text"),
+        (Sample(id="s", modality="multimodal", document=["x"]), {}, "has 0 images, but its source is multimodal"),
+        (Sample(id="s", modality="multimodal", document=[b"no image", "x"]), {}, "image"),
+        (Sample(id="s", modality="multimodal", document=[b"", "x"]), {}, "empty"),
+        (
+            Sample(id="s", modality="text", conversation=[{"role": "user", "content": "x"}]),
+            {"supervise": "answers"},
+            r"all \d+ labels are masked",
+        ),
+        (Sample(id="s", modality="text", conversation=[{"role": "user"}]), {}, "content"),
+    ],
+)
+def test_what_cannot_be_learned_says_why(processor, sample, settings, reason):
+    with pytest.raises(BadSample, match=reason) as caught:
+        encoder(processor, **settings)(sample)
+    assert caught.value.sample_id == "s"
+
+
+def test_truncated_and_missing_image_files_are_named(processor, tmp_path):
+    square(0).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
+    for name in ("cut.png", "gone.png"):
+        sample = Sample(id="s", modality="multimodal", document=[tmp_path / name, "x"])
+        with pytest.raises(BadSample, match=name):
+            encoder(processor)(sample)
+
+
+def test_a_sample_is_one_thing():
+    with pytest.raises(ValueError, match="'s' must be either a document or a conversation"):
+        Sample(id="s", modality="text")
+
+
+def test_augmentation_changes_images_the_same_way_each_time(processor):
+    plain = list(loader(processor, mixture(captions=1), steps=1).portions())
+    changed = [
+        list(loader(processor, Mixture(entries=(Entry(source=captions(), augment=shifted),)), steps=1).portions())
+        for _ in range(2)
+    ]
+    same(changed[0][0], changed[1][0])
+    assert not torch.equal(plain[0].batches[0].pixels, changed[0][0].batches[0].pixels)

@@ -1,0 +1,288 @@
+"""Stopping and going on: bit for bit the run that was not stopped, or an error that names what is in the way."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from small_tokenizer import small_tokenizer
+
+from vlcore.config import preset
+from vlcore.processing import ChatTemplate, Processor
+from vlcore.train import TrainConfig, train, trainer
+from vlcore.train import state as state_module
+
+TIMES = ("seconds", "data_wait", "samples_per_second", "tokens_per_second", "images_per_second")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def stages(stage):
+    """Three short stages that use everything the paper's do."""
+    both = {"captions": 1, "articles": 2}
+    return (
+        stage(name="one", trains=("adaptor",), sources={"captions": 1}, warmup_steps=2),
+        stage(name="two", trains=("adaptor", "language"), sources=both, packing=True, steps=4, schedule="step"),
+        stage(name="three", trains=("language", "adaptor", "siglip"), sources={"instructions": 1}, supervise="answers"),
+    )
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch):
+    """Make the trainer fail after some steps, then let it work again."""
+
+    def interrupted_after(steps, call):
+        step, taken = trainer.Trainer._step, []
+
+        def failing(self, *arguments):
+            if len(taken) == steps:
+                raise Interrupted
+            taken.append(1)
+            return step(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.Trainer, "_step", failing)
+            with pytest.raises(Interrupted):
+                call()
+
+    return interrupted_after
+
+
+def weights(result):
+    return {name: parameter.detach().clone() for name, parameter in result.model.named_parameters()}
+
+
+def assert_same_run(one, two):
+    for name, parameter in weights(one).items():
+        assert torch.equal(parameter, weights(two)[name]), name
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in path.read_text().splitlines()]
+        for path in (one.output_dir / "metrics.jsonl", two.output_dir / "metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+    for a, b in zip(one.stages, two.stages, strict=True):
+        assert replace(a, seconds=0.0) == replace(b, seconds=0.0)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, stages, interrupted_after):
+    whole = run(*stages, folder="whole", checkpoint_every=2)
+    # Within a stage, at its end, after a checkpoint that is some steps old, and with other workers.
+    for stop, workers in ((2, 0), (3, 0), (5, 1), (8, 0)):
+        settings = {"folder": f"stopped at {stop}", "checkpoint_every": 2}
+        interrupted_after(stop, lambda settings=settings: run(*stages, **settings))
+        assert_same_run(whole, run(*stages, num_workers=workers, **settings))
+
+
+def test_a_resumed_optimizer_is_the_uninterrupted_one(run, stages, interrupted_after, tmp_path):
+    run(*stages[:2], folder="whole", checkpoint_every=3)
+    interrupted_after(4, lambda: run(*stages[:2], folder="resumed", checkpoint_every=3))
+    run(*stages[:2], folder="resumed", checkpoint_every=3)
+    file = "checkpoints/step-00000006/optimizer.safetensors"
+    whole, resumed = (load_file(tmp_path / folder / file) for folder in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys() and len(whole) > 10
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole if key != state_module.RNG)
+
+
+def test_a_finished_run_is_not_run_again(run, stages):
+    first = run(*stages[:1])
+    again = run(*stages[:1])
+    assert_same_run(first, again)
+    assert again.stages == first.stages
+
+
+def test_a_finished_run_goes_on_with_another_stage(run, stages):
+    whole = run(*stages[:2], folder="whole")
+    run(stages[0])
+    assert_same_run(whole, run(*stages[:2]))
+    with pytest.raises(ValueError, match=r"its stages\.1 is {'name': 'two'.*, the configuration's None"):
+        run(stages[0])
+
+
+def test_resume_false_begins_again_and_removes_what_was_there(run, stages):
+    run(*stages[:2], checkpoint_every=2)
+    again = run(*stages[:1], resume=False)
+    assert [path.name for path in sorted((again.output_dir / "checkpoints").iterdir())] == ["step-00000003-done"]
+    assert len((again.output_dir / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_only_the_newest_checkpoints_are_kept(run, stage):
+    result = run(stage(steps=7), checkpoint_every=2, keep=2)
+    names = [path.name for path in sorted((result.output_dir / "checkpoints").iterdir())]
+    assert names == ["step-00000006", "step-00000007-done"]
+
+
+def test_a_failure_in_the_callback_costs_no_training(run, stages, monkeypatch):
+    def failing(*_):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(*stages[:1], on_stage_end=failing)
+    called = []
+    monkeypatch.setattr(trainer.Trainer, "_step", failing)
+    result = run(
+        *stages[:1], on_stage_end=lambda stage, model, processor, total: called.append((stage.name, total.steps))
+    )
+    assert called == [("one", 3)] and result.stages[0].steps == 3
+
+
+@pytest.fixture
+def interrupted(run, stages, interrupted_after, tmp_path):
+    """A run stopped in its second stage, and its last checkpoint."""
+    interrupted_after(5, lambda: run(*stages, checkpoint_every=2))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-00000004")
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "garbage"])
+def test_a_damaged_checkpoint_is_named(run, stages, interrupted, name, damage):
+    path = interrupted / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"\x00" * 100)
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        run(*stages)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.update(format=99), r"state\.json is not a checkpoint of format 1"),
+        (lambda s: s["progress"].pop("step"), r"state\.json is damaged: its progress has .*'global_step'"),
+        (lambda s: s["progress"].update(steps=3), r"state\.json is damaged: its progress has .*'steps'"),
+        (lambda s: s["progress"]["results"][0].pop("samples_by_source"), r"state\.json is damaged"),
+        (lambda s: s.pop("config"), r"state\.json is damaged: 'config'"),
+    ],
+)
+def test_a_changed_state_is_refused(run, stages, interrupted, change, message):
+    path = interrupted / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=message):
+        run(*stages)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("lm_head.weight"), r"does not fit the model: it lacks \['lm_head.weight'\]"),
+        (lambda t: t.update(extra=torch.ones(1)), r"and has \['extra'\] besides"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(2, 2)}),
+            r"lm_head.weight is \(2, 2\), the model needs \(512",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(run, stages, interrupted, change, message):
+    tensors = load_file(interrupted / "model.safetensors")
+    change(tensors)
+    save_file(tensors, interrupted / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        run(*stages)
+
+
+def test_an_optimizer_of_other_parameters_is_refused(run, stages, interrupted):
+    tensors = load_file(interrupted / "optimizer.safetensors")
+    save_file({**tensors, "vision.siglip.x.exp_avg": torch.ones(1)}, interrupted / "optimizer.safetensors")
+    with pytest.raises(ValueError, match=r"has 'vision.siglip.x.exp_avg', but the stage does not train"):
+        run(*stages)
+    tensors.pop(state_module.RNG)
+    save_file(tensors, interrupted / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="optimizer.safetensors is damaged: .*torch_rng_state"):
+        run(*stages)
+    key = next(key for key in tensors if key.endswith("q_proj.weight.exp_avg"))
+    save_file(
+        tensors | {key: torch.ones(7), state_module.RNG: torch.get_rng_state()}, interrupted / "optimizer.safetensors"
+    )
+    with pytest.raises(ValueError, match=rf"{key} is \(7,\), the parameter \("):
+        run(*stages)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"learning_rate": 0.5}, r"its stages\.1\.learning_rate is 0\.001, the configuration's 0\.5"),
+        ({"text_ratio": 0.5}, r"its stages\.1\.text_ratio is None, the configuration's 0\.5"),
+        ({"name": "other"}, r"its stages\.1\.name is 'two', the configuration's 'other'"),
+    ],
+)
+def test_another_configuration_is_refused_by_its_first_difference(run, stages, interrupted, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(stages[0], replace(stages[1], **change), stages[2])
+
+
+def test_another_seed_or_mixture_is_refused(run, stages, interrupted, stage):
+    with pytest.raises(ValueError, match="its seed is 1, the configuration's 2"):
+        run(*stages, seed=2)
+    other = stage(sources={"captions": 1, "articles": 5}).mixture
+    with pytest.raises(ValueError, match=r"stages\.1\.mixture\.1\.weight is 2, the configuration's 5"):
+        run(stages[0], replace(stages[1], mixture=other), stages[2])
+
+
+def test_another_tokenizer_or_template_is_refused(stages, interrupted, tmp_path):
+    config = preset("tiny")
+    settings = TrainConfig(model="tiny", stages=stages, output_dir=tmp_path / "run", precision="fp32", seed=1)
+    other = small_tokenizer(config)
+    other.add_tokens(["another word"])
+    with pytest.raises(ValueError, match="its tokenizer is '[0-9a-f]{64}', the configuration's '[0-9a-f]{64}'"):
+        train(settings, processor=Processor(other, config))
+    template = ChatTemplate(system="Be brief.")
+    with pytest.raises(ValueError, match=r"its template\.system is 'You .*, the configuration's 'Be brief\.'"):
+        train(settings, processor=Processor(small_tokenizer(config), config, template))
+
+
+def test_what_changes_no_result_and_stages_not_begun_may_change(run, stages, interrupted):
+    later = replace(stages[2], learning_rate=0.5)
+    result = run(stages[0], replace(stages[1], micro_batch_size=1), later, log_every=2, keep=5)
+    assert len(result.stages) == 3
+
+
+def test_what_a_killed_save_left_is_cleared(run, stages, interrupted):
+    names = (".step-00000006.0a.incomplete", "../.model.0a.incomplete", "../..model.0a.incomplete.1b.incomplete")
+    leftovers = [interrupted.parent / name for name in names]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "model.safetensors").write_bytes(b"half")
+    run(*stages)
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_a_run_that_cannot_be_removed_is_not_gone_on_with(run, stages, interrupted, tmp_path):
+    interrupted.parent.rename(tmp_path / "elsewhere")
+    interrupted.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        run(*stages, resume=False)
+    assert interrupted.exists()
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(run, stages, interrupted, monkeypatch, error):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise error
+
+    before = {path.name: (path / "state.json").read_text() for path in interrupted.parent.iterdir()}
+    monkeypatch.setattr(state_module, "save_file", full)
+    with pytest.raises(OSError, match=r"step-00000006 could not be written, .* are whole: .*No space left"):
+        run(*stages, checkpoint_every=2)
+    assert {path.name: (path / "state.json").read_text() for path in interrupted.parent.iterdir()} == before
+    monkeypatch.undo()
+    assert len(run(*stages).stages) == 3
+
+
+def test_a_disk_that_fills_up_behind_the_writing_is_named_too(run, stages, interrupted, monkeypatch):
+    def full(descriptor):
+        if os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")) == "state.json":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"step-00000006 could not be written, .* are whole: .*No space left"):
+        run(*stages, checkpoint_every=2)

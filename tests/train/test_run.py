@@ -1,0 +1,63 @@
+"""The command's entry: a run out of a Python file, with changes."""
+
+import pytest
+
+from vlcore.train import run_file
+
+RUNS = """
+from small_tokenizer import small_tokenizer
+from toy_data import Listed, mixture, texts
+from vlcore.config import preset
+from vlcore.data import Entry, Mixture
+from vlcore.processing import Processor
+from vlcore.train import Stage, TrainConfig
+
+def make(mix):
+    config = preset("tiny")
+    Processor(small_tokenizer(config), config).save_pretrained({folder!r} + "/processor")
+    from vlcore.checkpoint import save_pretrained
+    from vlcore.models import DeepSeekVL, init_weights
+    model = DeepSeekVL(config)
+    init_weights(model, 0)
+    save_pretrained(model, {folder!r} + "/processor")
+    stage = Stage(name="s", trains=("language",), mixture=mix, steps=9, learning_rate=1e-3, batch_size=2)
+    return TrainConfig(
+        model={folder!r} + "/processor",
+        stages=(stage,), output_dir={folder!r} + "/out", precision="fp32", plot=False, save_model=False,
+    )
+
+def small():
+    return make(mixture(articles=1))
+
+def bad():
+    return make(Mixture(entries=(Entry(source=Listed("ruin", "text", [None] * 9)),)))
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "runs.py"
+    path.write_text(RUNS.replace("{folder!r}", repr(str(tmp_path))))
+    return path
+
+
+def test_a_run_out_of_a_file(file, capsys):
+    assert run_file(f"{file}:small", ["stages.0.steps=2", "stages.0.sequence_length=64"]) == 0
+    shown = capsys.readouterr().out
+    assert "s: 2 steps in" in shown and "4 samples" in shown and f"written to {file.parent / 'out'}" in shown
+    assert (file.parent / "out" / "metrics.jsonl").exists()
+
+
+def test_a_stopped_run_says_why(file, capsys):
+    assert run_file(f"{file}:bad", ["stages.0.sequence_length=64"]) == 1
+    assert "vlcore train: 20 samples in a row drawn from 'ruin' are bad" in capsys.readouterr().err
+
+
+def test_what_is_no_run_or_no_key_is_refused(file):
+    with pytest.raises(ValueError, match="runs.py:nothing returned a int; it must return a TrainConfig"):
+        run_file(f"{file}:nothing")
+    with pytest.raises(ValueError, match="TrainConfig has no field 'stage'; did you mean 'stages'"):
+        run_file(f"{file}:small", ["stage.0.steps=2"])

@@ -1,0 +1,73 @@
+"""From a sample to token ids, labels and images, or to the reason why it cannot be trained on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from PIL import Image
+
+from vlcore.data.sample import BadSample, Sample
+from vlcore.processing import IGNORE_INDEX, Encoded, Processor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Encodes the samples of one stage.
+
+    Attributes:
+        processor: tokenizer, chat template and image settings.
+        sequence_length: the most tokens that a sample may have, images included.
+        supervise: "text" supervises all text, of conversations too; "answers" those of conversations and their EOS.
+        overlong: "skip" refuses a sample that is too long; "truncate" cuts a document's text at the end.
+    """
+
+    processor: Processor
+    sequence_length: int
+    supervise: Literal["text", "answers"] = "text"
+    overlong: Literal["skip", "truncate"] = "skip"
+
+    def __call__(
+        self, sample: Sample, augment: Callable[[Image.Image], Image.Image] | None = None
+    ) -> tuple[Encoded, int]:
+        """The sample encoded, and how many tokens were cut off its end.
+
+        Raises:
+            BadSample: an image that cannot be read, placeholders that do not match the images, too many tokens, no
+                token supervised, or images where its modality has none or the other way round.
+        """
+        try:
+            encoded = self._encode(sample)
+        except BadSample:
+            raise
+        except (ValueError, OSError) as error:
+            raise BadSample(str(error), sample.id) from None
+        if (sample.modality == "multimodal") != bool(encoded.images):
+            raise BadSample(f"it has {len(encoded.images)} images, but its source is {sample.modality}.", sample.id)
+        encoded, cut = self._fit(encoded, sample)
+        if not (encoded.labels[1:] != IGNORE_INDEX).any():
+            raise BadSample(f"all {len(encoded.labels)} labels are masked: no token is supervised.", sample.id)
+        if augment is not None:
+            encoded = replace(encoded, images=[augment(image) for image in encoded.images])
+        return encoded, cut
+
+    def _encode(self, sample: Sample) -> Encoded:
+        if sample.document is not None:
+            if self.supervise == "answers":
+                raise BadSample("it is a document, but only answers are supervised.", sample.id)
+            return self.processor.encode_document(sample.document)
+        assert sample.conversation is not None
+        encoded = self.processor.encode_conversation(sample.conversation, supervise=True)
+        if self.supervise == "answers":
+            return encoded
+        labels = encoded.input_ids.masked_fill(encoded.input_ids == self.processor.control.image, IGNORE_INDEX)
+        labels[0] = IGNORE_INDEX  # BOS, which nothing comes before
+        return replace(encoded, labels=labels)
+
+    def _fit(self, encoded: Encoded, sample: Sample) -> tuple[Encoded, int]:
+        length, limit = len(encoded.input_ids), self.sequence_length
+        if length <= limit:
+            return encoded, 0
+        is_image = encoded.input_ids == self.processor.control.image
+        if self.overlong == "skip" or sample.document is None or is_image[limit:].any():
+            raise BadSample(f"it has {length} tokens, over the sequence length of {limit}.", sample.id)
+        return replace(encoded, input_ids=encoded.input_ids[:limit], labels=encoded.labels[:limit]), length - limit

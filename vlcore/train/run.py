@@ -1,0 +1,38 @@
+"""The command `vlcore train FILE.py:FUNCTION [key=value ...]`."""
+
+import sys
+from collections.abc import Sequence
+
+from vlcore import overrides
+from vlcore.train.config import TrainConfig
+from vlcore.train.result import TrainingStopped
+from vlcore.train.trainer import train
+
+
+def run_file(spec: str, changes: Sequence[str] = ()) -> int:
+    """Train what the function `spec` ("FILE.py:FUNCTION") describes, with fields changed by "key=value".
+
+    Returns:
+        0 when the run is done, 1 when it was stopped, which is told on standard error.
+
+    Raises:
+        ValueError: `spec` names no function that returns a TrainConfig, a change is refused (the nearest key, or the
+            type needed, is named), or the run cannot be carried out.
+        OSError: something cannot be read or written.
+    """
+    config = overrides.load(spec)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{spec} returned a {type(config).__name__}; it must return a TrainConfig.")
+    try:
+        result = train(overrides.apply(config, changes))
+    except TrainingStopped as error:
+        print(f"vlcore train: {error}", file=sys.stderr)
+        return 1
+    for stage in result.stages:
+        print(
+            f"{stage.name}: {stage.steps} steps in {stage.seconds:.0f} s, {stage.samples} samples, "
+            f"{stage.tokens} tokens, loss {stage.loss:.4f}, {stage.skipped_steps} steps skipped, "
+            f"{stage.bad_samples} bad samples"
+        )
+    print(f"written to {result.output_dir}")
+    return 0

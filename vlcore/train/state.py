@@ -1,0 +1,238 @@
+"""Checkpoints of a run: everything that going on needs, written whole or not at all, read back with every check."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlcore.checkpoint import replacing_directory
+from vlcore.config import VLConfig
+from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.processing import Processor
+from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.result import StageResult
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+RNG = "torch_rng_state"
+# Settings of a stage that change no result.
+FREE = ("micro_batch_size",)
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage, step: what comes next: step `step` of the stage-th stage.
+        global_step: steps before it, of all stages.
+        bad_steps: steps skipped in a row just before it.
+        results: what each stage begun has done so far.
+    """
+
+    stage: int = 0
+    step: int = 0
+    global_step: int = 0
+    bad_steps: int = 0
+    results: list[StageResult] = field(default_factory=list)
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    described: dict[str, Any],
+    model: DeepSeekVL,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    keep: int,
+) -> Path:
+    """Write folder/step-NNNNNNNN with model.safetensors, optimizer.safetensors and state.json; drop all but the newest.
+
+    It is written under another name and renamed when it is complete and on disk, so a crash or a full disk leaves the
+    checkpoints that were there.
+
+    Args:
+        described: what `describe` says of the run.
+        optimizer: None between two stages, for each begins with a fresh one; the name then ends in "-done".
+        keep: how many checkpoints stay, this one included.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = folder / f"step-{progress.global_step:08d}{'' if optimizer else '-done'}"
+    # Not asdict: it makes a Counter of a Counter's items.
+    values = {**vars(progress), "results": [vars(result) for result in progress.results]}
+    state = {"format": FORMAT, "progress": values, "config": described}
+    try:
+        with replacing_directory(target) as fresh:
+            save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, fresh / MODEL)
+            save_file(_optimizer_tensors(optimizer, model), fresh / OPTIMIZER)
+            (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{target} could not be written, the checkpoints before it are whole: {error}") from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def load_checkpoint(path: Path, described: dict[str, Any], model: DeepSeekVL) -> Progress:
+    """Put a checkpoint's weights into `model`, restore torch's generator, and say where the run stands.
+
+    Args:
+        described: what `describe` says of the run that is to go on.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or is of another run: the first setting that differs is named. What may
+            differ is what changes no result (output, logging, workers, micro-batches) and stages not begun.
+    """
+    state = _read_state(path / STATE)
+    try:
+        progress = _progress(state["progress"])
+        _check_same(path, state["config"], described, len(progress.results))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / STATE} is damaged: {error}.") from None
+    tensors = _read_tensors(path / MODEL)
+    parameters = dict(model.named_parameters())
+    _check_keys(path / MODEL, tensors, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                found, needed = tuple(tensors[name].shape), tuple(parameter.shape)
+                raise ValueError(f"{path / MODEL}: {name} is {found}, the model needs {needed}.")
+            parameter.copy_(tensors[name])
+    torch.set_rng_state(_read_rng(path / OPTIMIZER))
+    return progress
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: DeepSeekVL) -> None:
+    """Put a checkpoint's moments into a fresh optimizer.
+
+    Raises:
+        ValueError: the file is damaged, or is of other parameters than the optimizer's.
+    """
+    tensors = _read_tensors(path / OPTIMIZER)
+    tensors.pop(RNG, None)
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in model.named_parameters() if p in trained}
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition(".")
+        if name not in parameters:
+            raise ValueError(f"{path / OPTIMIZER} has {key!r}, but the stage does not train {name!r}.")
+        if tensor.shape not in ((), parameters[name].shape):
+            found, needed = tuple(tensor.shape), tuple(parameters[name].shape)
+            raise ValueError(f"{path / OPTIMIZER}: {key} is {found}, the parameter {needed}.")
+        optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
+
+
+def describe(config: TrainConfig, model: VLConfig, processor: Processor) -> dict[str, Any]:
+    """What decides the outcome of a run, as JSON has it; of the tokenizer the SHA-256 of its JSON."""
+    stages = []
+    for stage in config.stages:
+        settings = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.name not in ("mixture", *FREE)}
+        settings["mixture"] = [
+            {
+                "name": entry.source.name,
+                "modality": entry.source.modality,
+                "samples": len(entry.source),
+                "weight": entry.weight,
+                "augmented": entry.augment is not None,
+            }
+            for entry in stage.mixture.entries
+        ]
+        stages.append(settings)
+    described = {
+        "model": asdict(model),
+        "tokenizer": hashlib.sha256(processor.tokenizer.to_str().encode()).hexdigest(),
+        "template": asdict(processor.template),
+        "seed": config.seed,
+        "precision": config.precision,
+        "stages": stages,
+    }
+    return json.loads(json.dumps(described))
+
+
+def _check_same(path: Path, saved: Any, current: Any, begun: int) -> None:
+    saved, current = ({**whole, "stages": whole["stages"][:begun]} for whole in (saved, current))
+    if difference := _difference(saved, current):
+        raise ValueError(
+            f"{path} is of another run: {difference}. Restore the setting, or choose another output_dir, or "
+            "resume=false to delete it and begin again."
+        )
+
+
+def _difference(saved: Any, current: Any, key: str = "") -> str | None:
+    """The first place where two descriptions differ, or None."""
+    if isinstance(saved, list) and isinstance(current, list):
+        saved, current = dict(enumerate(saved)), dict(enumerate(current))
+    if not (isinstance(saved, dict) and isinstance(current, dict)):
+        return None if saved == current else f"its {key} is {saved!r:.80}, the configuration's {current!r:.80}"
+    pairs = {part: (saved.get(part), current.get(part)) for part in {**saved, **current}}
+    differences = (_difference(*pair, f"{key}.{part}".lstrip(".")) for part, pair in pairs.items())
+    return next((difference for difference in differences if difference), None)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer | None, model: DeepSeekVL) -> dict[str, Tensor]:
+    tensors = {RNG: torch.get_rng_state()}
+    if optimizer is not None:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"{names[parameter]}.{moment}": tensor.contiguous() for moment, tensor in state.items()}
+    return tensors
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of format {FORMAT}.")
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _read_rng(path: Path) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(RNG)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _check_keys(path: Path, tensors: dict[str, Tensor], parameters: dict[str, Any]) -> None:
+    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or extra:
+        raise ValueError(f"{path} does not fit the model: it lacks {missing[:3]} and has {extra[:3]} besides.")
+
+
+def _progress(values: dict[str, Any]) -> Progress:
+    if values.keys() != (expected := {f.name for f in fields(Progress)}):
+        raise TypeError(f"its progress has {sorted(values)}, not {sorted(expected)}")
+    return Progress(**{**values, "results": [_stage_result(result) for result in values["results"]]})
+
+
+def _stage_result(values: dict[str, Any]) -> StageResult:
+    counters = {key: Counter(values[key]) for key in ("samples_by_source", "tokens_by_source")}
+    return StageResult(**{**values, **counters})
