@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from vlcore.config import VLConfig
 from vlcore.data import Mixture
 
-PARTS = ("sam", "siglip", "adaptor", "language")
 Part = Literal["sam", "siglip", "adaptor", "language"]
 
 
@@ -73,9 +72,9 @@ class Stage:
     def __post_init__(self):
         where = f"Stage {self.name!r}"
         _check_words(where, self)
-        unknown = [part for part in self.trains if part not in PARTS]
+        unknown = [part for part in self.trains if part not in get_args(Part)]
         if unknown or not self.trains:
-            raise ValueError(f"{where}: trains {self.trains} must name one or more of {PARTS}.")
+            raise ValueError(f"{where}: trains {self.trains} must name one or more of {get_args(Part)}.")
         for field in ("steps", "batch_size", "micro_batch_size", "sequence_length", "samples_per_sequence"):
             _check(where, field, getattr(self, field), getattr(self, field) >= 1, "at least 1")
         for field in ("learning_rate", "eps", "clip_norm"):

@@ -6,6 +6,7 @@ Any field may be changed with `dataclasses.replace(stage, ...)` or from the comm
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from vlcore.config import VLConfig
 from vlcore.data import Entry, Mixture, Source
 from vlcore.train.config import Stage
 
@@ -37,7 +38,7 @@ _LEARNING_RATES = {"1.3B": (1e-3, 3e-5, 2e-5), "7B": (1e-3, 4.2e-5, 2e-5)}
 _BATCH_SIZES = {"1.3B": (256, 1024, 256), "7B": (256, 2304, 256)}
 
 # What an image takes of a sequence, in both sizes.
-NUM_IMAGE_TOKENS = 576
+NUM_IMAGE_TOKENS = VLConfig().num_image_tokens
 
 
 def adaptor_warmup(mixture: Mixture, size: Size = "1.3B") -> Stage:
