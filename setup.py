@@ -70,8 +70,9 @@ cpp = Pybind11Extension(
     "vlcore._C",
     ["csrc/bindings.cpp", *sources("cpu/*.cpp")],
     include_dirs=["csrc"],
+    depends=[*sources("*.h"), *sources("cpu/*.h")],
     cxx_std=17,
-    extra_compile_args=["-O3", *OPENMP],
+    extra_compile_args=["-O3", "-fno-math-errno", *OPENMP],
     extra_link_args=OPENMP,
 )
 cuda = Extension("vlcore._cuda", ["csrc/cuda_bindings.cpp", *sources("cuda/*.cu")])

@@ -4,23 +4,42 @@
 
 namespace py = pybind11;
 
-// Tensors cross as addresses (Tensor.data_ptr()), so this extension needs no torch to build and fits every torch.
+namespace {
+
+// Tensors cross as addresses (Tensor.data_ptr()), so this extension needs no torch to build and fits every torch; a
+// target crosses as two numbers, which the caller appends.
 template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+struct Crossing {
+  using Given = T;
+  static T take(T given) { return given; }
+};
+
+template <typename T>
+struct Crossing<T*> {
+  using Given = uintptr_t;
+  static T* take(uintptr_t address) { return reinterpret_cast<T*>(address); }
+};
+
+template <>
+struct Crossing<vlcore::Target> {
+  using Given = std::pair<int, int>;
+  static vlcore::Target take(Given given) {
+    return {static_cast<vlcore::DType>(given.first), static_cast<vlcore::Level>(given.second)};
+  }
+};
+
+template <typename... Arguments>
+void bind(py::module_& m, const char* name, void (*kernel)(Arguments...)) {
+  m.def(name, [kernel](typename Crossing<Arguments>::Given... given) {
+    py::gil_scoped_release unlocked;
+    kernel(Crossing<Arguments>::take(given)...);
+  });
 }
 
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  m.def("rms_norm_forward",
-        [](uintptr_t x, uintptr_t weight, uintptr_t y, uintptr_t rstd, int64_t rows, int64_t cols, float eps) {
-          py::gil_scoped_release unlocked;
-          vlcore::rms_norm_forward(at<const float>(x), at<const float>(weight), at<float>(y), at<float>(rstd), rows,
-                                   cols, eps);
-        });
-  m.def("rms_norm_backward", [](uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t rstd, uintptr_t grad_x,
-                                uintptr_t grad_weight, int64_t rows, int64_t cols) {
-    py::gil_scoped_release unlocked;
-    vlcore::rms_norm_backward(at<const float>(grad_y), at<const float>(x), at<const float>(weight),
-                              at<const float>(rstd), at<float>(grad_x), at<float>(grad_weight), rows, cols);
-  });
+  m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
+  bind(m, "rms_norm_forward", vlcore::rms_norm_forward);
+  bind(m, "rms_norm_backward", vlcore::rms_norm_backward);
 }

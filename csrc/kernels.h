@@ -1,15 +1,29 @@
 #pragma once
 #include <cstdint>
 
-// Kernels on raw pointers: no torch, no Python. All matrices are row-major and contiguous.
+// Kernels on raw pointers: no torch, no Python. All matrices are row-major and contiguous unless strides are given.
 namespace vlcore {
 
+// The dtype of a kernel's tensors. Statistics, and whatever is said to be float, are float32 in both.
+enum class DType : int { float32 = 0, bfloat16 = 1 };
+
+// What a machine's vector instructions can do; each level includes those below.
+enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+struct Target {
+  DType dtype;
+  Level level;
+};
+
+// The highest level of this machine.
+Level best_level();
+
 // x, y (rows, cols); weight (cols); rstd (rows).
-void rms_norm_forward(const float* x, const float* weight, float* y, float* rstd, int64_t rows, int64_t cols,
-                      float eps);
+void rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t rows, int64_t cols, float eps,
+                      Target target);
 
 // grad_weight (cols) is summed in an order that depends on the shape alone, not on the number of threads.
-void rms_norm_backward(const float* grad_y, const float* x, const float* weight, const float* rstd, float* grad_x,
-                       float* grad_weight, int64_t rows, int64_t cols);
+void rms_norm_backward(const void* grad_y, const void* x, const void* weight, const float* rstd, void* grad_x,
+                       void* grad_weight, int64_t rows, int64_t cols, Target target);
 
 }  // namespace vlcore

@@ -34,6 +34,15 @@ def test_matches_the_reference(backend, shape, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    given = random(37, 129, dtype=dtype), random(129, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given)
+    monkeypatch.setattr(native, "level", level)
+    assert_matches(partial(ops.rms_norm, backend="cpp"), rms_norm_reference, *given)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_takes_what_is_not_contiguous(backend):
     given = random(6, 33), random(33)
@@ -91,9 +100,10 @@ def test_the_gradient_does_not_depend_on_the_number_of_threads():
 
 
 def test_says_why_a_backend_cannot_run():
-    x = torch.randn(2, 8, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"cannot run on 'cpp' with \(2, 8\) .*bfloat16 on cpu.* float32 only"):
-        ops.rms_norm(x, torch.ones(8, dtype=torch.bfloat16), backend="cpp")
+    x = torch.randn(2, 8).half()
+    reason = r"cannot run on 'cpp' with \(2, 8\) .*float16 on cpu.* float32 and bfloat16 only"
+    with pytest.raises(ValueError, match=reason):
+        ops.rms_norm(x, torch.ones(8).half(), backend="cpp")
     with pytest.raises(ValueError, match="cannot run on 'triton' .* too coarse for float64"):
         ops.rms_norm(x.double(), torch.ones(8, dtype=torch.float64), backend="triton")
     with pytest.raises(ValueError, match="a row of 65537 is not in 1..65536"):

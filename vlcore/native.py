@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 
@@ -17,9 +18,27 @@ cpp = _load("_C")
 cuda = _load("_cuda")
 
 
-def call(function, *args) -> None:
-    """Call a compiled function; tensors go to it as their addresses."""
-    function(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args))
+# The instructions that C++ kernels use, of csrc/kernels.h: those of this machine. Tests lower it.
+level: int = cpp.best_level() if cpp else 0
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
+    """Call a function of the C++ extension for tensors of a dtype; tensors go to it as their addresses, None as 0."""
+    given = (arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args)
+    getattr(cpp, kernel)(*given, (_DTYPES[dtype], level))
+
+
+def cpp_refusals(x: Tensor) -> list[str]:
+    """Why no C++ kernel can run a tensor like x."""
+    if cpp is not None and x.device.type == "cpu" and x.dtype in _DTYPES:
+        return []
+    reasons = {
+        "vlcore was built without its C++ extension": cpp is None,
+        "it runs on the CPU only": x.device.type != "cpu",
+        "it computes in float32 and bfloat16 only": x.dtype not in _DTYPES,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def triton(operator: str, launcher: str) -> Callable:

@@ -64,23 +64,19 @@ def _triton_refusals(x: Tensor, weight: Tensor) -> list[str]:
 
 
 def _cpp_refusals(x: Tensor, weight: Tensor) -> list[str]:
-    reasons = {
-        "vlcore was built without its C++ extension": native.cpp is None,
-        "it runs on the CPU only": x.device.type != "cpu",
-        "it computes in float32 only": x.dtype != torch.float32,
-    }
-    return [reason for reason, applies in reasons.items() if applies]
+    return native.cpp_refusals(x)
 
 
 def _cpp_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1])
-    native.call(native.cpp.rms_norm_forward, x, weight, y, rstd, rstd.numel(), x.shape[-1], eps)
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    native.run_cpp("rms_norm_forward", x.dtype, x, weight, y, rstd, rstd.numel(), x.shape[-1], eps)
     return y, rstd
 
 
 def _cpp_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    native.call(native.cpp.rms_norm_backward, grad_y, x, weight, rstd, grad_x, grad_weight, rstd.numel(), x.shape[-1])
+    sizes = rstd.numel(), x.shape[-1]
+    native.run_cpp("rms_norm_backward", x.dtype, grad_y, x, weight, rstd, grad_x, grad_weight, *sizes)
     return grad_x, grad_weight
 
 

@@ -1,0 +1,110 @@
+// Vectors of float32 at one level; read once per level by for_each_level.h, which defines VLCORE_LANES. Arithmetic is
+// written with operators: a * b + c becomes one FMA where the level has it.
+namespace vlcore::VLCORE_LEVEL {
+
+constexpr int kLanes = VLCORE_LANES;
+using Vec = float __attribute__((vector_size(kLanes * 4)));
+using IntVec = int32_t __attribute__((vector_size(kLanes * 4)));
+using HalfVec = uint16_t __attribute__((vector_size(kLanes * 2)));
+#define VLCORE_INLINE static inline __attribute__((always_inline))
+
+VLCORE_INLINE Vec broadcast(float value) { return value - Vec{}; }
+
+VLCORE_INLINE IntVec bits_of(Vec v) {
+  IntVec bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+VLCORE_INLINE Vec from_bits(IntVec bits) {
+  Vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+VLCORE_INLINE Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+VLCORE_INLINE Vec load(const bfloat16* from) {
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  return from_bits(__builtin_convertvector(half, IntVec) << 16);
+}
+
+VLCORE_INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+VLCORE_INLINE void store(bfloat16* to, Vec v) {
+#if defined(VLCORE_BF16_DOT)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  const IntVec wide = bits_of(v);
+  // To the nearest, ties to even; a NaN stays one.
+  const IntVec rounded = ((wide + 0x7fff + ((wide >> 16) & 1)) >> 16) & 0xffff;
+  const HalfVec half = __builtin_convertvector(v == v ? rounded : IntVec{} + 0x7fc0, HalfVec);
+  std::memcpy(to, &half, sizeof half);
+#endif
+}
+
+// The first `count` < kLanes elements; the others are 0.
+template <typename T>
+VLCORE_INLINE Vec load_first(const T* from, int64_t count) {
+  T lanes[kLanes] = {};
+  std::memcpy(static_cast<void*>(lanes), from, count * sizeof(T));
+  return load(lanes);
+}
+
+template <typename T>
+VLCORE_INLINE void store_first(T* to, Vec v, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(static_cast<void*>(to), lanes, count * sizeof(T));
+}
+
+VLCORE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+VLCORE_INLINE float reduce_add(Vec v) {
+#if VLCORE_LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0.f;
+  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+  return sum;
+#endif
+}
+
+VLCORE_INLINE float reduce_max(Vec v) {
+#if VLCORE_LANES == 16
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float largest = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+#endif
+}
+
+// 2^x to 2e-7 of it, for x <= 127; below -126 the result is 2^-126, or 0 below -150.
+VLCORE_INLINE Vec exp2(Vec x) {
+  const Vec clamped = maximum(x, broadcast(-126.f));
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Vec shifted = clamped + 12582912.f;
+  const Vec fraction = clamped - (shifted - 12582912.f);
+  Vec p = broadcast(1.535336188319500e-4f);
+  p = p * fraction + 1.339887440266574e-3f;
+  p = p * fraction + 9.618437357674640e-3f;
+  p = p * fraction + 5.550332471162809e-2f;
+  p = p * fraction + 2.402264791363012e-1f;
+  p = p * fraction + 6.931472028550421e-1f;
+  p = p * fraction + 1.f;
+  const Vec power = from_bits(bits_of(p) + (bits_of(shifted) << 23));
+  return x < broadcast(-150.f) ? Vec{} : power;
+}
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+VLCORE_INLINE Vec exp(Vec x) { return exp2(x * kLog2E); }
+
+}  // namespace vlcore::VLCORE_LEVEL
