@@ -42,4 +42,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
   bind(m, "rms_norm_forward", vlcore::rms_norm_forward);
   bind(m, "rms_norm_backward", vlcore::rms_norm_backward);
+  bind(m, "rel_pos_attention_forward", vlcore::rel_pos_attention_forward);
+  bind(m, "window_attention_forward", vlcore::window_attention_forward);
 }

@@ -26,4 +26,17 @@ void rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, i
 void rms_norm_backward(const void* grad_y, const void* x, const void* weight, const float* rstd, void* grad_x,
                        void* grad_weight, int64_t rows, int64_t cols, Target target);
 
+// SAM's attention with decomposed relative positions: q, k, v, out (heads, height * width, head_dim), tables
+// (2 * height - 1, head_dim) and (2 * width - 1, head_dim); lse (heads, height * width) is the logarithm of each
+// softmax's denominator.
+void rel_pos_attention_forward(const void* q, const void* k, const void* v, const void* rel_pos_h,
+                               const void* rel_pos_w, void* out, float* lse, int64_t heads, int64_t height,
+                               int64_t width, int64_t head_dim, Target target);
+
+// The same within windows: qkv (batch, height, width, 3, heads, head_dim), qkv_bias (3, heads, head_dim) or null, out
+// (batch, height, width, heads, head_dim), lse (batch, heads, height, width).
+void window_attention_forward(const void* qkv, const void* qkv_bias, const void* rel_pos_h, const void* rel_pos_w,
+                              void* out, float* lse, int64_t batch, int64_t height, int64_t width, int64_t heads,
+                              int64_t head_dim, int64_t window, Target target);
+
 }  // namespace vlcore

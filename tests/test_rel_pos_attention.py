@@ -13,7 +13,7 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.dispatch import gradients
 from vlcore.ops.rel_pos_attention import KERNELS, RelPosAttention, rel_pos_attention_reference
 
@@ -50,6 +50,16 @@ def test_matches_the_reference(backend, sizes, dtype):
     given, grid = inputs(**sizes, dtype=dtype), sizes.get("grid", (3, 5))
     skip_if_refused(KERNELS, backend, *given, grid)
     assert_matches(through_op(backend, grid), reference(grid), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    for grid, dim in (((9, 7), 33), ((3, 64), 64), ((2, 70), 80), ((14, 14), 64)):
+        given = inputs(batch=1, heads=2, grid=grid, dim=dim, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", *given, grid)
+        assert_matches(through_op("cpp", grid), reference(grid), *given)
 
 
 def test_reference_is_the_formula():

@@ -98,6 +98,11 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
     return getattr(torch.ops.vlcore, name).default
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operator on these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 class _Forgetful:
     """The context of a forward that no backward follows."""
 

@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlcore import native
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    gradients,
+    needs_gradient,
+    once_differentiable,
+    statistics,
+)
 
 # Scores that are held at a time: 128 MiB of float32.
 _CHUNK_SCORES = 2**25
@@ -71,7 +83,7 @@ def rel_pos_attention(
         q, k, v: (B, H, Y * X, D), float32, float16 or bfloat16; float64 on "torch". Tokens are row-major.
         rel_pos_h: (2Y - 1, D), rel_pos_w: (2X - 1, D), of q's dtype.
         grid: (Y, X).
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         (B, H, Y * X, D), of q's dtype. Scores are scaled by D^-1/2, the position terms are not; both terms and the
@@ -116,10 +128,6 @@ class RelPosAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-# In order of preference.
-KERNELS: dict[str, Kernel] = {}
-
-
 def _torch_forward(q, k, v, rel_pos_h, rel_pos_w, height, width):
     out = rel_pos_attention_reference(q, k, v, rel_pos_h, rel_pos_w, (height, width))
     return out, statistics(q, (), TORCH)
@@ -132,6 +140,24 @@ def _torch_backward(grad_out, q, k, v, rel_pos_h, rel_pos_w, out, lse, height, w
         grad_out,
     )
 
+
+def _cpp_refusals(q, k, v, rel_pos_h, rel_pos_w, grid) -> list[str]:
+    return native.cpp_refusals(q)
+
+
+def _cpp_worthwhile(q, k, v, rel_pos_h, rel_pos_w, grid) -> bool:
+    return not needs_gradient(q, k, v, rel_pos_h, rel_pos_w)
+
+
+def _cpp_forward(q, k, v, rel_pos_h, rel_pos_w, height, width):
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    sizes = (q.shape[0] * q.shape[1], height, width, q.shape[3])
+    native.run_cpp("rel_pos_attention_forward", q.dtype, q, k, v, rel_pos_h, rel_pos_w, out, lse, *sizes)
+    return out, lse
+
+
+# In order of preference. The C++ backward is the reference's, so "auto" takes it for inference alone.
+KERNELS = {"cpp": Kernel(_cpp_forward, _torch_backward, _cpp_refusals, _cpp_worthwhile)}
 
 rel_pos_attention_forward = define(
     "rel_pos_attention_forward(Tensor q, Tensor k, Tensor v, Tensor rel_pos_h, Tensor rel_pos_w, SymInt height,"

@@ -8,8 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    gradients,
+    needs_gradient,
+    once_differentiable,
+    statistics,
+)
 from vlcore.ops.rel_pos_attention import rel_pos_attention_reference
 
 
@@ -58,7 +70,7 @@ def window_attention(
         qkv_bias: (3, H, D), what a padded position holds, of qkv's dtype; None: it holds zeros.
         rel_pos_h, rel_pos_w: (2 * window - 1, D), of qkv's dtype.
         window: side of a window; windows start at the top left.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         (B, Y, X, H * D), of qkv's dtype. Within a window as `rel_pos_attention`.
@@ -105,10 +117,6 @@ class WindowAttention(torch.autograd.Function):
         return grad_qkv, None if ctx.saved_tensors[1] is None else grad_bias, grad_h, grad_w, None, None
 
 
-# In order of preference.
-KERNELS: dict[str, Kernel] = {}
-
-
 def _torch_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window):
     out = window_attention_reference(qkv, qkv_bias, rel_pos_h, rel_pos_w, window)
     return out, statistics(qkv, (), TORCH)
@@ -126,6 +134,26 @@ def _fake_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window, backend):
     out = qkv.new_empty(batch, height, width, heads * head_dim)
     return out, statistics(qkv, (batch, heads, height, width), backend)
 
+
+def _cpp_refusals(qkv, qkv_bias, rel_pos_h, rel_pos_w, window) -> list[str]:
+    return native.cpp_refusals(qkv)
+
+
+def _cpp_worthwhile(qkv, qkv_bias, rel_pos_h, rel_pos_w, window) -> bool:
+    return not needs_gradient(qkv, qkv_bias, rel_pos_h, rel_pos_w)
+
+
+def _cpp_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window):
+    batch, height, width, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(batch, height, width, heads * head_dim)
+    lse = qkv.new_empty(batch, heads, height, width, dtype=torch.float32)
+    sizes = (batch, height, width, heads, head_dim, window)
+    native.run_cpp("window_attention_forward", qkv.dtype, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, lse, *sizes)
+    return out, lse
+
+
+# In order of preference. The C++ backward is the reference's, so "auto" takes it for inference alone.
+KERNELS = {"cpp": Kernel(_cpp_forward, _torch_backward, _cpp_refusals, _cpp_worthwhile)}
 
 window_attention_forward = define(
     "window_attention_forward(Tensor qkv, Tensor? qkv_bias, Tensor rel_pos_h, Tensor rel_pos_w, SymInt window,"
