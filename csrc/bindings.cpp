@@ -42,6 +42,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
   bind(m, "rms_norm_forward", vlcore::rms_norm_forward);
   bind(m, "rms_norm_backward", vlcore::rms_norm_backward);
+  bind(m, "add_rms_norm_forward", vlcore::add_rms_norm_forward);
+  bind(m, "add_rms_norm_backward", vlcore::add_rms_norm_backward);
+  bind(m, "layer_norm_forward", vlcore::layer_norm_forward);
+  bind(m, "layer_norm_backward", vlcore::layer_norm_backward);
+  bind(m, "swiglu_forward", vlcore::swiglu_forward);
+  bind(m, "swiglu_backward", vlcore::swiglu_backward);
   bind(m, "rel_pos_attention_forward", vlcore::rel_pos_attention_forward);
   bind(m, "window_attention_forward", vlcore::window_attention_forward);
+  bind(m, "linear_forward", vlcore::linear_forward);
+  bind(m, "decode_attention_forward", vlcore::decode_attention_forward);
 }

@@ -26,6 +26,24 @@ void rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, i
 void rms_norm_backward(const void* grad_y, const void* x, const void* weight, const float* rstd, void* grad_x,
                        void* grad_weight, int64_t rows, int64_t cols, Target target);
 
+// total = x + residual, and y its norm; shapes as above.
+void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total, float* rstd,
+                          int64_t rows, int64_t cols, float eps, Target target);
+void add_rms_norm_backward(const void* grad_y, const void* grad_total, const void* total, const void* weight,
+                           const float* rstd, void* grad_sum, void* grad_weight, int64_t rows, int64_t cols,
+                           Target target);
+
+// x, y (rows, cols); weight, bias (cols); mean, rstd (rows); grad_weight_and_bias (2, cols).
+void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* mean, float* rstd,
+                        int64_t rows, int64_t cols, float eps, Target target);
+void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* mean, const float* rstd,
+                         void* grad_x, void* grad_weight_and_bias, int64_t rows, int64_t cols, Target target);
+
+// y = silu(gate) * up, all (size).
+void swiglu_forward(const void* gate, const void* up, void* y, int64_t size, Target target);
+void swiglu_backward(const void* grad_y, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t size,
+                     Target target);
+
 // SAM's attention with decomposed relative positions: q, k, v, out (heads, height * width, head_dim), tables
 // (2 * height - 1, head_dim) and (2 * width - 1, head_dim); lse (heads, height * width) is the logarithm of each
 // softmax's denominator.
@@ -38,5 +56,17 @@ void rel_pos_attention_forward(const void* q, const void* k, const void* v, cons
 void window_attention_forward(const void* qkv, const void* qkv_bias, const void* rel_pos_h, const void* rel_pos_w,
                               void* out, float* lse, int64_t batch, int64_t height, int64_t width, int64_t heads,
                               int64_t head_dim, int64_t window, Target target);
+
+// y (rows, outputs) = x (rows, inputs) weight (outputs, inputs)^T + bias (outputs) or null; for few rows.
+void linear_forward(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t outputs,
+                    int64_t inputs, Target target);
+
+// Rotates q (batch, heads, head_dim) and k by their positions lengths (batch), writes k and v (batch, kv_heads,
+// head_dim) to the caches there, and attends over lengths + 1 keys. A cache has row_stride elements from row to row of
+// the batch, token_stride from token to token, and (kv_heads, head_dim) contiguous.
+void decode_attention_forward(const void* q, const void* k, const void* v, void* key_cache, void* value_cache,
+                              const int64_t* lengths, void* out, int64_t batch, int64_t row_stride,
+                              int64_t token_stride, int64_t heads, int64_t kv_heads, int64_t head_dim, double theta,
+                              float scale, Target target);
 
 }  // namespace vlcore

@@ -13,7 +13,7 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.add_rms_norm import KERNELS, AddRMSNorm, add_rms_norm_reference
 
 BACKENDS = [*KERNELS, "torch"]
@@ -34,6 +34,15 @@ def test_matches_the_reference(backend, shape, dtype):
     assert_matches(
         lambda *given: AddRMSNorm.apply(*given, eps, backend), partial(add_rms_norm_reference, eps=eps), *given
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    given = inputs(37, 129, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given)
+    monkeypatch.setattr(native, "level", level)
+    assert_matches(lambda *given: ops.add_rms_norm(*given, backend="cpp"), add_rms_norm_reference, *given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

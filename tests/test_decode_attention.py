@@ -3,7 +3,7 @@ import torch
 from accuracy import assert_as_accurate
 from operators import DTYPES, assert_well_formed, poisoned_memory, random, skip_if_refused
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.decode_attention import KERNELS, decode_attention_reference
 
 BACKENDS = [*KERNELS, "torch"]
@@ -43,6 +43,17 @@ def test_matches_the_reference(backend, sizes, dtype):
     for got, same_dtype, truth in zip(actual[3:5], low[3:5], exact[3:5], strict=True):
         assert_as_accurate(got, same_dtype, truth)
     assert torch.equal(actual[5], given[5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    given = inputs(lengths=(530, 70), size=600, heads=6, dim=18, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 1e4, 0.5)
+    monkeypatch.setattr(native, "level", level)
+    low, exact = copies(given), copies(given, torch.float64)
+    out = ops.decode_attention(*given, backend="cpp")
+    assert_as_accurate(out, decode_attention_reference(*low), decode_attention_reference(*exact))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

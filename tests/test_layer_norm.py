@@ -13,7 +13,7 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.layer_norm import KERNELS, LayerNorm, layer_norm_reference
 
 BACKENDS = [*KERNELS, "torch"]
@@ -32,6 +32,15 @@ def test_matches_the_reference(backend, shape, dtype):
     # With a small eps, the gradient of a short row is all cancellation, and rounding is all that would be seen.
     eps = 1e-6 if shape[-1] > 16 else 4.0
     assert_matches(lambda *given: LayerNorm.apply(*given, eps, backend), partial(layer_norm_reference, eps=eps), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    given = inputs(37, 129, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given)
+    monkeypatch.setattr(native, "level", level)
+    assert_matches(lambda *given: ops.layer_norm(*given, backend="cpp"), layer_norm_reference, *given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.swiglu import KERNELS, SwiGLU, swiglu_reference
 
 BACKENDS = [*KERNELS, "torch"]
@@ -24,6 +24,15 @@ def test_matches_the_reference(backend, shape, dtype):
     given = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
     skip_if_refused(KERNELS, backend, *given)
     assert_matches(lambda gate, up: SwiGLU.apply(gate, up, backend), swiglu_reference, *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    given = random(37, 129, dtype=dtype, scale=9.0), random(37, 129, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given)
+    monkeypatch.setattr(native, "level", level)
+    assert_matches(lambda *given: ops.swiglu(*given, backend="cpp"), swiglu_reference, *given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

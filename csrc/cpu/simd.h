@@ -63,6 +63,38 @@ VLCORE_INLINE void store_first(T* to, Vec v, int64_t count) {
   std::memcpy(static_cast<void*>(to), lanes, count * sizeof(T));
 }
 
+// for_vecs goes over `size` elements by vectors: step(at, lanes), where load and store take `lanes`, whole vectors but
+// for a last one of fewer. A lambda that is to run at this speed is marked VLCORE_INLINED.
+struct AllLanes {};
+#define VLCORE_INLINED __attribute__((always_inline))
+
+template <typename T>
+VLCORE_INLINE Vec load(const T* from, AllLanes) {
+  return load(from);
+}
+
+template <typename T>
+VLCORE_INLINE Vec load(const T* from, int64_t count) {
+  return load_first(from, count);
+}
+
+template <typename T>
+VLCORE_INLINE void store(T* to, Vec v, AllLanes) {
+  store(to, v);
+}
+
+template <typename T>
+VLCORE_INLINE void store(T* to, Vec v, int64_t count) {
+  store_first(to, v, count);
+}
+
+template <typename Step>
+VLCORE_INLINE void for_vecs(int64_t size, const Step& step) {
+  const int64_t whole = size / kLanes * kLanes;
+  for (int64_t at = 0; at < whole; at += kLanes) step(at, AllLanes{});
+  if (whole < size) step(whole, size - whole);
+}
+
 VLCORE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 VLCORE_INLINE float reduce_add(Vec v) {
@@ -85,9 +117,9 @@ VLCORE_INLINE float reduce_max(Vec v) {
 #endif
 }
 
-// 2^x to 2e-7 of it, for x <= 127; below -126 the result is 2^-126, or 0 below -150.
+// 2^x to 2e-7 of it, for x <= 127; below -126 the result is 2^-126, or 0 below -150. A NaN stays one.
 VLCORE_INLINE Vec exp2(Vec x) {
-  const Vec clamped = maximum(x, broadcast(-126.f));
+  const Vec clamped = x < -126.f ? broadcast(-126.f) : x;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   const Vec shifted = clamped + 12582912.f;
   const Vec fraction = clamped - (shifted - 12582912.f);
@@ -99,7 +131,7 @@ VLCORE_INLINE Vec exp2(Vec x) {
   p = p * fraction + 6.931472028550421e-1f;
   p = p * fraction + 1.f;
   const Vec power = from_bits(bits_of(p) + (bits_of(shifted) << 23));
-  return x < broadcast(-150.f) ? Vec{} : power;
+  return x < -150.f ? Vec{} : power;
 }
 
 constexpr float kLog2E = 1.44269504088896340736f;

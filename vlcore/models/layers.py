@@ -21,7 +21,7 @@ class Linear(nn.Linear):
     """x (..., in_features) -> (..., out_features), of x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return ops.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Conv2d(nn.Conv2d):

@@ -5,6 +5,7 @@ from vlcore.ops.decode_attention import decode_attention
 from vlcore.ops.downsample_features import downsample_features
 from vlcore.ops.hybrid_adaptor import hybrid_adaptor
 from vlcore.ops.layer_norm import layer_norm
+from vlcore.ops.linear import linear
 from vlcore.ops.linear_cross_entropy import linear_cross_entropy
 from vlcore.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
 from vlcore.ops.rel_pos_attention import rel_pos_attention
@@ -21,6 +22,7 @@ __all__ = [
     "downsample_features",
     "hybrid_adaptor",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "quantize_weight",
     "quantized_linear",

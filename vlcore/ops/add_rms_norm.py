@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
 from vlcore.ops.rms_norm import rms_norm, rms_norm_reference
@@ -24,7 +25,7 @@ def add_rms_norm(
         residual: (..., N), of x's shape and dtype.
         weight: (N,), of x's dtype.
         eps: added to the mean square.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         rms_norm(x + residual) and x + residual, both (..., N) of x's dtype. What is normalised is the sum as rounded
@@ -63,8 +64,26 @@ class AddRMSNorm(torch.autograd.Function):
         return grad_sum, grad_sum, grad_weight, None, None
 
 
+def _cpp_refusals(x: Tensor, residual: Tensor, weight: Tensor) -> list[str]:
+    return native.cpp_refusals(x)
+
+
+def _cpp_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, total, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    sizes = (rstd.numel(), x.shape[-1])
+    native.run_cpp("add_rms_norm_forward", x.dtype, x, residual, weight, y, total, rstd, *sizes, eps)
+    return y, total, rstd
+
+
+def _cpp_backward(grad_y, grad_total, total, weight, rstd, eps):
+    grad_sum, grad_weight = torch.empty_like(total), torch.empty_like(weight)
+    given = (grad_y, grad_total, total, weight, rstd, grad_sum, grad_weight)
+    native.run_cpp("add_rms_norm_backward", total.dtype, *given, rstd.numel(), total.shape[-1])
+    return grad_sum, grad_weight
+
+
 # In order of preference.
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 
 def _torch_forward(x, residual, weight, eps):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, Kernel, choose, define
 from vlcore.ops.rope_attention import rope_tables, rotate
@@ -69,7 +70,7 @@ def decode_attention(
             position. Their values are checked where they are on the CPU.
         theta: base of the rotary wavelengths.
         scale: of the scores; D^-1/2 unless given.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row.
@@ -112,8 +113,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tens
             raise ValueError(f"decode_attention: {given} leave no room in a cache of {key_cache.shape[1]} tokens.")
 
 
+def _cpp_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> list[str]:
+    fits = key_cache.stride() == value_cache.stride() and key_cache.stride()[2:] == (key_cache.shape[3], 1)
+    return native.cpp_refusals(q) + ["it needs caches whose tokens are contiguous, both alike"] * (not fits)
+
+
+def _cpp_forward(q, k, v, key_cache, value_cache, lengths, theta, scale) -> Tensor:
+    out = q.new_empty(q.shape)
+    sizes = (q.shape[0], *key_cache.stride()[:2], q.shape[2], k.shape[2], q.shape[3])
+    given = (q.contiguous(), k.contiguous(), v.contiguous(), key_cache, value_cache, lengths.long().contiguous())
+    native.run_cpp("decode_attention_forward", q.dtype, *given, out, *sizes, theta, scale)
+    return out
+
+
 # In order of preference; without backwards.
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {"cpp": Kernel(_cpp_forward, None, _cpp_refusals)}
 
 decode_attention_forward = define(
     "decode_attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache,"

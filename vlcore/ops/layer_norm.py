@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
 
@@ -20,7 +21,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, ba
         x: (..., N), float32, float16 or bfloat16; float64 on "torch". The SAM necks call it channels-last.
         weight, bias: (N,), of x's dtype.
         eps: added to the variance.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         (..., N), of x's dtype. Mean and (biased) variance are computed in float32.
@@ -55,8 +56,27 @@ class LayerNorm(torch.autograd.Function):
         return *grads, None, None
 
 
+def _cpp_refusals(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+    return native.cpp_refusals(x)
+
+
+def _cpp_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    sizes = (mean.numel(), x.shape[-1])
+    native.run_cpp("layer_norm_forward", x.dtype, x, weight, bias, y, mean, rstd, *sizes, eps)
+    return y, mean, rstd
+
+
+def _cpp_backward(grad_y, x, weight, mean, rstd, eps):
+    grad_x, grads = torch.empty_like(x), weight.new_empty(2, *weight.shape)
+    sizes = (mean.numel(), x.shape[-1])
+    native.run_cpp("layer_norm_backward", x.dtype, grad_y, x, weight, mean, rstd, grad_x, grads, *sizes)
+    return grad_x, grads[0], grads[1].clone()
+
+
 # In order of preference.
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 
 def _torch_forward(x, weight, bias, eps):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
@@ -19,7 +20,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = AUTO) -> Tensor:
     Args:
         gate: (...), float32, float16 or bfloat16; float64 on "torch".
         up: of gate's shape and dtype.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         Of gate's shape and dtype.
@@ -52,8 +53,24 @@ class SwiGLU(torch.autograd.Function):
         return *grads, None
 
 
+def _cpp_refusals(gate: Tensor, up: Tensor) -> list[str]:
+    return native.cpp_refusals(gate)
+
+
+def _cpp_forward(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate)
+    native.run_cpp("swiglu_forward", gate.dtype, gate, up, y, y.numel())
+    return y
+
+
+def _cpp_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    native.run_cpp("swiglu_backward", gate.dtype, grad_y, gate, up, grad_gate, grad_up, gate.numel())
+    return grad_gate, grad_up
+
+
 # In order of preference.
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 swiglu_forward = define(
     "swiglu_forward(Tensor gate, Tensor up, str backend) -> Tensor",

@@ -1,0 +1,53 @@
+#ifndef VLCORE_LEVEL
+#define VLCORE_FILE "cpu/add_rms_norm.cpp"
+#include "cpu/for_each_level.h"
+
+namespace vlcore {
+
+void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total, float* rstd,
+                          int64_t rows, int64_t cols, float eps, Target target) {
+  VLCORE_RUN(target, add_rms_norm_forward, x, residual, weight, y, total, rstd, rows, cols, eps);
+}
+
+void add_rms_norm_backward(const void* grad_y, const void* grad_total, const void* total, const void* weight,
+                           const float* rstd, void* grad_sum, void* grad_weight, int64_t rows, int64_t cols,
+                           Target target) {
+  VLCORE_RUN(target, add_rms_norm_backward, grad_y, grad_total, total, weight, rstd, grad_sum, grad_weight, rows, cols);
+}
+
+}  // namespace vlcore
+
+#else
+#include "cpu/norm_rows.h"
+
+namespace vlcore::VLCORE_LEVEL {
+
+template <typename T>
+static void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total,
+                                 float* rstd, int64_t rows, int64_t cols, float eps) {
+#pragma omp parallel for if (rows * cols >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = row * cols;
+    const T *first = static_cast<const T*>(x) + at, *second = static_cast<const T*>(residual) + at;
+    T* sum = static_cast<T*>(total) + at;
+    // What is normalised is the sum as rounded: what the next layer adds to is what this one saw.
+    for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+      store(sum + col, load(first + col, lanes) + load(second + col, lanes), lanes);
+    });
+    rstd[row] = rms_norm_row<T>(sum, static_cast<const T*>(weight), static_cast<T*>(y) + at, cols, eps);
+  }
+}
+
+template <typename T>
+static void add_rms_norm_backward(const void* grad_y, const void* grad_total, const void* total, const void* weight,
+                                  const float* rstd, void* grad_sum, void* grad_weight, int64_t rows, int64_t cols) {
+  sum_over_rows(rows, cols, rows * cols, static_cast<T*>(grad_weight), [&](int64_t row, float* sums) {
+    const int64_t at = row * cols;
+    rms_norm_backward_row(static_cast<const T*>(grad_y) + at, static_cast<const T*>(grad_total) + at,
+                          static_cast<const T*>(total) + at, static_cast<const T*>(weight), rstd[row],
+                          static_cast<T*>(grad_sum) + at, sums, cols);
+  });
+}
+
+}  // namespace vlcore::VLCORE_LEVEL
+#endif

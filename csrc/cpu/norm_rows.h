@@ -1,0 +1,60 @@
+// Rows of RMSNorm and sums over rows, for the operators that normalise. Read once per level.
+namespace vlcore::VLCORE_LEVEL {
+
+// Below this, waking a thread costs more than it brings.
+constexpr int64_t kParallelElements = 1 << 15;
+
+template <typename T>
+static float rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float eps) {
+  Vec squares = {};
+  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    const Vec value = load(x + col, lanes);
+    squares += value * value;
+  });
+  const float rstd = 1.f / std::sqrt(reduce_add(squares) / static_cast<float>(cols) + eps);
+  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    store(y + col, load(x + col, lanes) * rstd * load(weight + col, lanes), lanes);
+  });
+  return rstd;
+}
+
+// With x_hat = x * rstd and g = grad_y * weight: grad_x = (g - x_hat * mean(g * x_hat)) * rstd, and what `extra` holds
+// is added to it where it is not null. Adds grad_y * x_hat to grad_weight.
+template <typename T>
+static void rms_norm_backward_row(const T* grad_y, const T* extra, const T* x, const T* weight, float rstd, T* grad_x,
+                                  float* grad_weight, int64_t cols) {
+  Vec products = {};
+  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    products += load(grad_y + col, lanes) * load(weight + col, lanes) * load(x + col, lanes);
+  });
+  const float mean = reduce_add(products) * rstd / static_cast<float>(cols);
+  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    const Vec x_hat = load(x + col, lanes) * rstd, grad = load(grad_y + col, lanes);
+    const Vec rest = extra ? load(extra + col, lanes) : Vec{};
+    store(grad_x + col, (grad * load(weight + col, lanes) - x_hat * mean) * rstd + rest, lanes);
+    store(grad_weight + col, load(grad_weight + col, lanes) + grad * x_hat, lanes);
+  });
+}
+
+// total (size) = the sum of what row(index, sums) adds to its (size) sums for each row: by blocks of rows, in an order
+// that depends on the shape alone and not on the number of threads.
+template <typename T, typename Row>
+static void sum_over_rows(int64_t rows, int64_t size, int64_t elements, T* total, Row row) {
+  constexpr int64_t kMaxBlocks = 64;
+  const int64_t block = std::max<int64_t>((rows + kMaxBlocks - 1) / kMaxBlocks, 8);
+  const int64_t num_blocks = (rows + block - 1) / block;
+  std::vector<float> partial(num_blocks * size);
+#pragma omp parallel for if (elements >= kParallelElements)
+  for (int64_t index = 0; index < num_blocks; ++index) {
+    for (int64_t at = index * block; at < std::min(rows, (index + 1) * block); ++at) {
+      row(at, partial.data() + index * size);
+    }
+  }
+  std::vector<double> sums(size);
+  for (int64_t index = 0; index < num_blocks; ++index) {
+    for (int64_t col = 0; col < size; ++col) sums[col] += partial[index * size + col];
+  }
+  for (int64_t col = 0; col < size; ++col) total[col] = convert<T>(static_cast<float>(sums[col]));
+}
+
+}  // namespace vlcore::VLCORE_LEVEL

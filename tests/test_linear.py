@@ -1,0 +1,113 @@
+from functools import partial
+
+import pytest
+import torch
+from operators import (
+    DTYPES,
+    assert_compiles,
+    assert_gradcheck,
+    assert_matches,
+    assert_strides_do_not_matter,
+    assert_well_formed,
+    random,
+    skip_if_refused,
+)
+
+from vlcore import native, ops
+from vlcore.ops.linear import KERNELS, LinearFunction, linear_reference
+
+BACKENDS = [*KERNELS, "torch"]
+
+
+def inputs(rows=(3,), outputs=7, size=33, bias=True, dtype=torch.float32):
+    weight = random(outputs, size, dtype=dtype)
+    return random(*rows, size, dtype=dtype), weight, random(outputs, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"rows": (1,), "outputs": 1, "size": 1},
+        {"rows": (1, 1), "outputs": 130, "size": 2048, "bias": False},
+        {"rows": (2, 5), "outputs": 9, "size": 64},
+        {"rows": (16,), "outputs": 12, "size": 129},
+        {"rows": ()},
+        {"rows": (0,)},
+        {"outputs": 0},
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(backend, sizes, dtype):
+    given = inputs(**sizes, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_matches(lambda *given: LinearFunction.apply(*given, backend), linear_reference, *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    for rows in (1, 2, 3, 4, 13):
+        given = inputs(rows=(rows,), outputs=11, size=77, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", *given)
+        assert_matches(partial(ops.linear, backend="cpp"), linear_reference, *given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_what_is_not_contiguous(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given)
+    assert_strides_do_not_matter(lambda *given: LinearFunction.apply(*given, backend), *given)
+    assert_strides_do_not_matter(ops.linear, *given)
+
+
+def test_reference_gradient():
+    assert_gradcheck(linear_reference, *inputs(size=4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_a_well_formed_torch_operator(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given)
+    assert_well_formed("linear_forward", *given, backend)
+
+
+def test_compiles_without_graph_breaks():
+    assert_compiles(ops.linear, inputs(), inputs(rows=(40,)))
+    assert_compiles(lambda *given: LinearFunction.apply(*given, "torch"), inputs(), inputs(rows=(5,)))
+
+
+def test_few_rows_without_gradients_go_to_the_kernel_that_reads_fastest(monkeypatch):
+    if native.cpp is None:
+        pytest.skip("vlcore was built without its C++ extension")
+    calls = []
+    monkeypatch.setattr(native, "run_cpp", lambda kernel, *rest: calls.append(kernel))
+    x, weight, bias = inputs()
+    with torch.no_grad():
+        ops.linear(x.expand(20, -1, -1).flatten(0, 1), weight, bias)
+        assert calls == []
+        ops.linear(x, weight, bias)
+    ops.linear(x, weight.requires_grad_(), bias)
+    assert calls == ["linear_forward"]
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(4), None, r"weight is \(4,\); it needs to be \(N, K\)"),
+        (torch.zeros(2, 3), torch.zeros(4, 2), None, r"weight is \(4, 2\); x \(2, 3\) needs \(4, 3\)"),
+        (torch.zeros(()), torch.zeros(4, 2), None, r"weight is \(4, 2\); x \(\) needs \(4,\)"),
+        (torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3), r"bias is \(3,\); weight \(4, 3\) needs \(4,\)"),
+        (torch.zeros(2, 3), torch.zeros(4, 3).half(), None, "weight is torch.float16 and x torch.float32"),
+    ],
+)
+def test_refuses_what_does_not_fit(x, weight, bias, message):
+    with pytest.raises(ValueError, match=f"linear: {message}"):
+        ops.linear(x, weight, bias)
+
+
+def test_says_why_a_backend_cannot_run():
+    with pytest.raises(ValueError, match="linear cannot run on 'cpp' .*17 rows are more than 16"):
+        ops.linear(torch.zeros(17, 3), torch.zeros(4, 3), backend="cpp")
