@@ -2,6 +2,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from operators import (
     DTYPES,
     assert_compiles,
@@ -60,6 +61,17 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
         given = inputs(batch=1, heads=2, grid=grid, dim=dim, dtype=dtype)
         skip_if_refused(KERNELS, "cpp", *given, grid)
         assert_matches(through_op("cpp", grid), reference(grid), *given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_sums_stay_as_accurate(backend):
+    """A global block's 4096 keys, of one head of SAM."""
+    given, grid = inputs(batch=1, heads=1, grid=(64, 64), dim=64), (64, 64)
+    skip_if_refused(KERNELS, backend, *given, grid)
+    with torch.no_grad():
+        actual = ops.rel_pos_attention(*given, grid, backend=backend)
+        exact = ops.rel_pos_attention(*(tensor.double() for tensor in given), grid)
+    assert_as_accurate(actual, reference(grid)(*given), exact)
 
 
 def test_reference_is_the_formula():

@@ -87,6 +87,7 @@ static void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_
 }
 
 // kRows rows of C and one panel: C = start * C + A B, where `start` has a factor for each row; null stands for 0.
+// A B is summed by itself first: the errors of long sums in float32 grow with what they begin from.
 template <int kRows, typename O>
 VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, int64_t depth, const float* start,
                                   float* c, int64_t c_stride) {
@@ -96,7 +97,7 @@ VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, 
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int vec = 0; vec < kVecs; ++vec) {
-      sums[row][vec] = start ? load(c + row * c_stride + vec * kLanes) * start[row] : Vec{};
+      sums[row][vec] = Vec{};
     }
   }
   for (int64_t d = 0; d < depth; d += Panel<O>::kGrain) {
@@ -132,7 +133,10 @@ VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, 
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
-    for (int vec = 0; vec < kVecs; ++vec) store(c + row * c_stride + vec * kLanes, sums[row][vec]);
+    for (int vec = 0; vec < kVecs; ++vec) {
+      float* to = c + row * c_stride + vec * kLanes;
+      store(to, start ? load(to) * start[row] + sums[row][vec] : sums[row][vec]);
+    }
   }
 }
 

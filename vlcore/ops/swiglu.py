@@ -69,8 +69,13 @@ def _cpp_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return grad_gate, grad_up
 
 
+def _cpp_worthwhile(gate: Tensor, up: Tensor) -> bool:
+    # For a row or two, the call is the cost, and torch's own has less of it.
+    return gate.numel() >= 2**14
+
+
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile)}
 
 swiglu_forward = define(
     "swiglu_forward(Tensor gate, Tensor up, str backend) -> Tensor",
