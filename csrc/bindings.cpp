@@ -51,5 +51,6 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "rel_pos_attention_forward", vlcore::rel_pos_attention_forward);
   bind(m, "window_attention_forward", vlcore::window_attention_forward);
   bind(m, "linear_forward", vlcore::linear_forward);
+  bind(m, "quantized_linear_forward", vlcore::quantized_linear_forward);
   bind(m, "decode_attention_forward", vlcore::decode_attention_forward);
 }

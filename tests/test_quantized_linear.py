@@ -13,7 +13,7 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.quantized_linear import KERNELS, QuantizedLinear, quantized_linear_reference
 
 BACKENDS = [*KERNELS, "torch"]
@@ -44,6 +44,18 @@ def test_odd_shapes(backend, shape, bits):
     skip_if_refused(KERNELS, backend, x, weight.values, weight.scales, None, bits)
     assert weight.values.shape == (shape[0], shape[1] if bits == 8 else (shape[1] + 1) // 2)
     assert_matches(through_op(backend, weight), lambda x, bias: quantized_linear_reference(x, weight, bias), x, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+@pytest.mark.parametrize(("bits", "group_size"), FORMS)
+def test_every_level_of_instructions(monkeypatch, bits, group_size, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    for rows, size in ((1, 320), (7, 320), (16, 320), (3, 45)):
+        groups = group_size if size % 64 == 0 else None
+        weight, x = ops.quantize_weight(random(11, size), bits, groups), random(rows, size, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
+        assert_matches(through_op("cpp", weight), through_op("torch", weight), x, None)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMS)
@@ -140,3 +152,9 @@ def test_refuses_what_does_not_fit(x, bias, message):
 def test_quantize_refuses_what_does_not_fit(weight, bits, group_size, message):
     with pytest.raises(ValueError, match=f"quantize_weight: {message}"):
         ops.quantize_weight(weight, bits, group_size)
+
+
+def test_says_why_a_backend_cannot_run():
+    weight = ops.quantize_weight(torch.ones(2, 8), 8)
+    with pytest.raises(ValueError, match="quantized_linear cannot run on 'cpp' .*17 rows are more than 16"):
+        ops.quantized_linear(torch.zeros(17, 8), weight, backend="cpp")

@@ -56,7 +56,7 @@ class LinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
-        rows, grad_rows = (tensor.reshape(_num_rows(tensor), tensor.shape[-1]) for tensor in (x, grad_y))
+        rows, grad_rows = (tensor.reshape(num_rows(tensor), tensor.shape[-1]) for tensor in (x, grad_y))
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         return (
             grad_y @ weight if needs_x else None,
@@ -66,7 +66,8 @@ class LinearFunction(torch.autograd.Function):
         )
 
 
-def _num_rows(x: Tensor) -> int:
+def num_rows(x: Tensor) -> int:
+    """The rows that x (..., K) is as a matrix."""
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
@@ -74,7 +75,7 @@ def _num_rows(x: Tensor) -> int:
 
 
 def _cpp_refusals(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
-    too_many = [f"{_num_rows(x)} rows are more than {MAX_ROWS}"] * (_num_rows(x) > MAX_ROWS)
+    too_many = [f"{num_rows(x)} rows are more than {MAX_ROWS}"] * (num_rows(x) > MAX_ROWS)
     return native.cpp_refusals(x) + too_many
 
 
@@ -84,7 +85,7 @@ def _cpp_worthwhile(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _cpp_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    native.run_cpp("linear_forward", x.dtype, x, weight, bias, y, _num_rows(x), *weight.shape)
+    native.run_cpp("linear_forward", x.dtype, x, weight, bias, y, num_rows(x), *weight.shape)
     return y
 
 

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
+from vlcore.ops.linear import MAX_ROWS, num_rows
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -99,7 +101,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         x: (..., K), float32 or bfloat16 (and, on "torch", float16 and float64).
         weight: of shape (N, K), on x's device.
         bias: (N,), of x's dtype, or None.
-        backend: "auto" or "torch".
+        backend: "auto", "torch", or "cpp", which takes up to 16 rows.
 
     Returns:
         (..., N), of x's dtype.
@@ -142,10 +144,6 @@ class QuantizedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None
 
 
-# In order of preference.
-KERNELS: dict[str, Kernel] = {}
-
-
 def _torch_forward(x, values, scales, bias, bits):
     return F.linear(x, _dequantize(values, scales, bits, x.shape[-1], x.dtype), bias)
 
@@ -153,6 +151,22 @@ def _torch_forward(x, values, scales, bias, bits):
 def _torch_backward(grad_y, values, scales, num_inputs, bits):
     return grad_y @ _dequantize(values, scales, bits, num_inputs, grad_y.dtype)
 
+
+def _cpp_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> list[str]:
+    rows = num_rows(x)
+    return native.cpp_refusals(x) + [f"{rows} rows are more than {MAX_ROWS}"] * (rows > MAX_ROWS)
+
+
+def _cpp_forward(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], values.shape[0])
+    given = (x, values.contiguous(), scales.contiguous(), bias, y)
+    sizes = (num_rows(x), values.shape[0], x.shape[-1], scales.shape[1], bits)
+    native.run_cpp("quantized_linear_forward", x.dtype, *given, *sizes)
+    return y
+
+
+# In order of preference. A gradient is the reference's.
+KERNELS = {"cpp": Kernel(_cpp_forward, _torch_backward, _cpp_refusals)}
 
 quantized_linear_forward = define(
     "quantized_linear_forward(Tensor x, Tensor values, Tensor scales, Tensor? bias, int bits, str backend) -> Tensor",
