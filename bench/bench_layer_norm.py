@@ -1,0 +1,19 @@
+"""LayerNorm beside torch's own: a row, a prompt's width, and the maps of the two vision towers."""
+
+import torch.nn.functional as F
+
+from vlcore.bench.harness import Case
+
+
+def _case(rows: int, size: int, trains: bool = False) -> Case:
+    return Case(
+        operator="layer_norm",
+        shape=f"{rows} × {size}",
+        inputs=lambda make: (make(rows, size), make(size), make(size)),
+        peers={"F.layer_norm": lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-6)},
+        elements=(5 if trains else 2) * rows * size,
+        trains=trains,
+    )
+
+
+CASES = [_case(1, 2048), _case(576, 1024), _case(4096, 768), _case(1088, 2048), _case(1088, 2048, trains=True)]

@@ -1,0 +1,32 @@
+"""The 1.3B's head and loss on an image with text, where 512 of 1088 tokens are supervised, beside all logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore.bench.harness import Case, Inputs, Maker
+
+VOCABULARY, SIZE = 102400, 2048
+
+
+def _all_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+def _case(rows: int, supervised: int, trains: bool) -> Case:
+    def inputs(make: Maker) -> Inputs:
+        labels = torch.randint(VOCABULARY, (rows,), device=make.device)
+        labels[: rows - supervised] = -100
+        return make(rows, SIZE), make(VOCABULARY, SIZE, scale=SIZE**-0.5), labels
+
+    return Case(
+        operator="linear_cross_entropy",
+        shape=f"{supervised} of {rows} × {SIZE} → {VOCABULARY}",
+        inputs=inputs,
+        peers={"F.linear, F.cross_entropy": _all_logits},
+        flops=2 * supervised * SIZE * VOCABULARY * (3 if trains else 1),
+        trains=trains,
+    )
+
+
+CASES = [_case(1088, 512, False), _case(1088, 512, True), _case(1088, 1088, True)]

@@ -1,0 +1,41 @@
+"""Linear layers of the 1.3B in 8 and 4 bits for one decoded token, beside F.linear with the weight not quantised."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore import ops
+from vlcore.bench.bench_linear import LAYERS, turns
+from vlcore.bench.harness import Case, Inputs, Maker
+
+
+def _case(outputs: int, inputs: int, bits: int, group_size: int | None) -> Case:
+    size = outputs * inputs
+    scales = 4 * outputs * (1 if group_size is None else inputs // group_size)
+    bytes_each = size * bits / 8 + scales
+
+    def make_inputs(make: Maker) -> Inputs:
+        weights = [make(outputs, inputs) for _ in range(turns(size * make.dtype.itemsize))]
+        quantized = [ops.quantize_weight(weight, bits, group_size) for weight in weights]
+        x = make(1, inputs)
+        count = turns(bytes_each)
+        return [(x, quantized[i % len(weights)], weights[i % len(weights)]) for i in range(count)]
+
+    def multiply(x: Tensor, quantized: ops.QuantizedWeight, weight: Tensor, *, backend: str) -> Tensor:
+        return ops.quantized_linear(x, quantized, backend=backend)
+
+    scale = "a scale a row" if group_size is None else f"groups of {group_size}"
+    return Case(
+        operator="quantized_linear",
+        shape=f"1 × {inputs} → {outputs}, {bits} bits, {scale}",
+        inputs=make_inputs,
+        function=multiply,
+        peers={"F.linear, not quantised": lambda x, quantized, weight: F.linear(x, weight)},
+        bytes=bytes_each,
+    )
+
+
+CASES = [
+    _case(outputs, inputs, bits, group_size)
+    for outputs, inputs in LAYERS
+    for bits, group_size in ((8, None), (4, None), (4, 128), (4, 32))
+]

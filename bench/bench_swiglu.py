@@ -1,0 +1,19 @@
+"""SwiGLU beside the two passes of torch: one decoded token, and an image with text."""
+
+import torch.nn.functional as F
+
+from vlcore.bench.harness import Case
+
+
+def _case(rows: int, size: int, trains: bool = False) -> Case:
+    return Case(
+        operator="swiglu",
+        shape=f"{rows} × {size}",
+        inputs=lambda make: (make(rows, size), make(rows, size)),
+        peers={"F.silu, *": lambda gate, up: F.silu(gate) * up},
+        elements=(8 if trains else 3) * rows * size,
+        trains=trains,
+    )
+
+
+CASES = [_case(1, 5632), _case(1088, 5632), _case(1088, 5632, trains=True)]

@@ -1,0 +1,93 @@
+"""`vlcore bench`: operators at DeepSeek-VL's shapes, or whole models, beside what a user would run instead."""
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from vlcore.bench import harness, models
+from vlcore.bench.harness import Case, Maker, Measurement
+from vlcore.bench.peers import operators
+from vlcore.bench.report import Results, line, read
+from vlcore.bench.timing import machine, roofline
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+# Part of a model -> the module and function that yields its cases.
+MODELS = {
+    "vision": ("models", "vision"),
+    "prefill": ("models", "prefill"),
+    "decode": ("decoding", "decode"),
+    "train": ("training", "train"),
+}
+
+
+def benched() -> list[str]:
+    """The operators that have a bench."""
+    return [name for name in operators() if find_spec(f"vlcore.bench.bench_{name}")]
+
+
+def cases(operator: str) -> Sequence[Case]:
+    """The comparisons of an operator."""
+    return import_module(f"vlcore.bench.bench_{operator}").CASES
+
+
+def run(
+    names: Sequence[str],
+    parts: Sequence[str],
+    *,
+    device: str,
+    dtypes: Sequence[str] = (),
+    compiled: bool = True,
+    json_file: Path | None = None,
+) -> None:
+    """Measure and print, a line each; write to `json_file` as results come.
+
+    Args:
+        names: operators; all that have a bench where neither these nor parts are given.
+        parts: of MODELS.
+        device: "cpu" or "cuda".
+        dtypes: of DTYPES; by default bfloat16, and for operators float32 too.
+        compiled: whether torch.compile is one of the models' peers, which takes minutes.
+        json_file: where results are added; it holds one machine's only.
+
+    Raises:
+        ValueError: an operator without a bench, a device that is not there, or a file of another machine.
+        AssertionError: a result is not as accurate as torch's; it is not timed then.
+    """
+    for name in names:
+        if name not in benched():
+            raise ValueError(f"There is no bench of {name!r}; there are {', '.join(benched())}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA device here that torch can use.")
+    here = machine(device)
+    kept = read(json_file) if json_file and json_file.exists() else Results(here)
+    if kept.machine != here:
+        raise ValueError(f"{json_file} holds what was measured on {kept.machine!r}; this is {here!r}.")
+    print(here, flush=True)
+    chosen = names or ([] if parts else benched())
+    for dtype in dtypes or (("bfloat16", "float32") if chosen else ("bfloat16",)):
+        limit = roofline(DTYPES[dtype], device)
+        print(f"{dtype}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s at best", flush=True)
+        results = chain(_operators(chosen, dtype, device), _models(parts, dtype, device, compiled))
+        for found in results:
+            print(line(found, limit), flush=True)
+            kept.add(found, limit)
+            if json_file:
+                kept.write(json_file)
+
+
+def _operators(names: Sequence[str], dtype: str, device: str) -> Iterator[Measurement]:
+    for name in names:
+        for case in cases(name):
+            yield harness.measure(case, Maker(DTYPES[dtype], device))
+
+
+def _models(parts: Sequence[str], dtype: str, device: str, compiled: bool) -> Iterator[Measurement]:
+    for part in parts:
+        module, function = MODELS[part]
+        make: Callable[..., Iterator] = getattr(import_module(f"vlcore.bench.{module}"), function)
+        for case in make(DTYPES[dtype], device, compiled):
+            yield from models.measure(case, DTYPES[dtype])

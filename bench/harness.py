@@ -1,0 +1,176 @@
+"""One comparison of an operator: held against float64 first, then timed beside what a user would run instead."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from vlcore import ops
+from vlcore.bench.accuracy import assert_as_accurate
+from vlcore.bench.peers import TORCH_BACKEND
+from vlcore.bench.timing import Roofline, medians
+from vlcore.ops.dispatch import TORCH
+
+Inputs = tuple | Sequence[tuple]
+Result = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the tensors of a case: normal numbers of one dtype on one device."""
+
+    dtype: torch.dtype
+    device: str
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=self.device).mul_(scale).to(self.dtype)
+
+
+def title(operator: str, trains: bool) -> str:
+    return f"{operator}, forward and backward" if trains else operator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operator at one shape.
+
+    Attributes:
+        operator: its name in vlcore.ops.
+        shape: what a reader is told of the inputs.
+        inputs: makes the positional arguments; several tuples are taken in turn, so that what a model's step reads
+            from memory is read from memory here.
+        function: called with the inputs and backend=; the operator itself, unless it has other arguments to be given.
+        peers: what a user would run instead, by name: called with the inputs.
+        flops: floating point operations of one call.
+        elements, bytes: what one call cannot but read and write, where memory bounds it: in elements of the dtype, and
+            in bytes beside them.
+        trains: forward and backward are timed, and the gradients compared too.
+    """
+
+    operator: str
+    shape: str
+    inputs: Callable[[Maker], Inputs]
+    function: Callable[..., Result] | None = None
+    peers: Mapping[str, Callable[..., object]] = field(default_factory=dict)
+    flops: float = 0
+    elements: float = 0
+    bytes: float = 0
+    trains: bool = False
+
+    @property
+    def title(self) -> str:
+        return title(self.operator, self.trains)
+
+    def backends(self, inputs: tuple) -> list[str]:
+        """The compiled backends that run these at their own speed, which an interpreter's is not."""
+        kernels = import_module(f"vlcore.ops.{self.operator}").KERNELS
+        return [name for name in kernels if name != "triton" or inputs[0].is_cuda]
+
+    def on(self, backend: str) -> Callable[..., Result]:
+        function = self.function or getattr(ops, self.operator)
+        return lambda *inputs: function(*inputs, backend=backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured of a case.
+
+    Attributes:
+        ours: which of the names in `seconds` is ours; of several backends the fastest.
+        seconds: of each backend and peer.
+        memory: bytes that each needs while it runs, where that was measured.
+    """
+
+    operator: str
+    shape: str
+    dtype: str
+    trains: bool
+    ours: str
+    seconds: dict[str, float]
+    flops: float = 0
+    bytes: float = 0
+    memory: Mapping[str, int | None] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return title(self.operator, self.trains)
+
+    @property
+    def best_peer(self) -> str:
+        """The fastest of what else there is."""
+        others = {name: time for name, time in self.seconds.items() if name != self.ours}
+        return min(others, key=lambda name: others[name])
+
+    def ratio(self, peer: str) -> float:
+        """How many times as fast ours is."""
+        return self.seconds[peer] / self.seconds[self.ours]
+
+    def rate(self, limit: Roofline) -> str:
+        """GFLOP/s or GB/s, with the percentage of what the machine was measured to reach."""
+        time = self.seconds[self.ours]
+        if self.bytes:
+            return f"{self.bytes / time / 1e9:.1f} GB/s ({self.bytes / time / limit.bandwidth:.0%})"
+        return f"{self.flops / time / 1e9:.0f} GFLOP/s ({self.flops / time / limit.flops:.0%})" if self.flops else ""
+
+
+def measure(case: Case, make: Maker) -> Measurement:
+    """Check every backend of a case, and then time it against the peers.
+
+    Raises:
+        AssertionError: a backend is not as accurate as torch; nothing is timed then.
+    """
+    torch.manual_seed(0)
+    inputs = case.inputs(make)
+    turns: Sequence[tuple] = [inputs] if isinstance(inputs, tuple) else inputs
+    backends = case.backends(turns[0])
+    _check(case, turns[0], backends)
+    functions = {name: _timed(case, case.on(name), turns) for name in backends}
+    functions[TORCH_BACKEND] = _timed(case, case.on(TORCH), turns)
+    functions |= {name: _timed(case, peer, turns) for name, peer in case.peers.items()}
+    seconds = medians(functions)
+    return Measurement(
+        operator=case.operator,
+        shape=case.shape,
+        dtype=str(make.dtype).removeprefix("torch."),
+        trains=case.trains,
+        ours=min(backends or [TORCH_BACKEND], key=lambda name: seconds[name]),
+        seconds=seconds,
+        flops=case.flops,
+        bytes=case.elements * make.dtype.itemsize + case.bytes,
+    )
+
+
+def _check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:
+    wide = tuple(x.double() if _is_floating(x) else x for x in inputs)
+    exact, baseline = (_run(case, case.on(TORCH), given) for given in (wide, inputs))
+    for backend in backends:
+        for got, same_dtype, truth in zip(_run(case, case.on(backend), inputs), baseline, exact, strict=True):
+            assert_as_accurate(got, same_dtype, truth)
+
+
+def _timed(case: Case, function: Callable[..., object], turns: Sequence[tuple]) -> Callable[[], object]:
+    next_inputs = cycle(turns).__next__
+    return lambda: _run(case, function, next_inputs())
+
+
+def _run(case: Case, function: Callable, inputs: tuple) -> tuple[Tensor, ...]:
+    """What a function returns; where the case trains, also its gradient for ones at every output."""
+    if not case.trains:
+        with torch.no_grad():
+            return _as_tuple(function(*inputs))
+    given = tuple(x.detach().requires_grad_() if _is_floating(x) else x for x in inputs)
+    outputs = _as_tuple(function(*given))
+    wanted = [x for x in given if _is_floating(x)]
+    grads = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], materialize_grads=True)
+    return *(y.detach() for y in outputs), *grads
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_tuple(values: Result) -> tuple[Tensor, ...]:
+    return values if isinstance(values, tuple) else (values,)

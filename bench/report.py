@@ -1,0 +1,140 @@
+"""Measurements on paper: lines for a terminal, a JSON file that is brought up to date, and the README's tables.
+
+`python -m vlcore.bench.report README.md` writes the tables of bench/results/ into the README.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vlcore.bench.harness import Measurement
+from vlcore.bench.peers import EAGER, OURS
+from vlcore.bench.timing import Roofline
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def line(found: Measurement, limit: Roofline) -> str:
+    """A measurement for a terminal: the time of ours, its rate, and how many times as fast it is as each other."""
+    others = (f"{name} {found.ratio(name):.2f}x" for name in found.seconds if name != found.ours)
+    time = f"{found.ours} {_time(found.seconds[found.ours])}"
+    columns = (found.title, found.shape, found.dtype, time, found.rate(limit), _memory(found), *others)
+    return "  ".join(column for column in columns if column)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _memory(found: Measurement) -> str:
+    ours, eager = (found.memory.get(name) for name in (found.ours, EAGER))
+    return f"{ours / 2**20:.0f} MiB beside {eager / 2**20:.0f}" if ours and eager else ""
+
+
+@dataclass
+class Results:
+    """What was measured on one machine."""
+
+    machine: str
+    limits: dict[str, Roofline] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def add(self, found: Measurement, limit: Roofline) -> None:
+        """Keep a measurement in place of one of the same thing."""
+        self.limits[found.dtype] = limit
+        places = [i for i, other in enumerate(self.measurements) if _what(other) == _what(found)]
+        if places:
+            self.measurements[places[0]] = found
+        else:
+            self.measurements.append(found)
+
+    def write(self, path: Path) -> None:
+        limits = {dtype: limit._asdict() for dtype, limit in self.limits.items()}
+        measurements = [asdict(found) for found in self.measurements]
+        for found in measurements:
+            found["seconds"] = {name: float(f"{seconds:.4g}") for name, seconds in found["seconds"].items()}
+        whole = {"machine": self.machine, "limits": limits, "measurements": measurements}
+        path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _what(found: Measurement) -> tuple:
+    # Which backend of an operator is the fastest may change; the variants of a model are different things.
+    variant = found.ours if found.ours.startswith(OURS) else ""
+    return found.operator, found.shape, found.dtype, found.trains, variant
+
+
+def read(path: Path) -> Results:
+    """A file that `Results.write` wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        whole = json.loads(path.read_text())
+        limits = {dtype: Roofline(**limit) for dtype, limit in whole["limits"].items()}
+        return Results(whole["machine"], limits, [Measurement(**found) for found in whole["measurements"]])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no file of results: {error!r}.") from None
+
+
+def operator_table(results: Results) -> str:
+    """Operators by shape: time, rate and the ratio to the best of the others, for both dtypes."""
+    chosen = [found for found in results.measurements if not found.ours.startswith(OURS)]
+    lines = ["| operator | shape | bfloat16 | float32 |", "|---|---|---|---|"]
+    for title, shape in dict.fromkeys((found.title, found.shape) for found in chosen):
+        cells = []
+        for dtype in ("bfloat16", "float32"):
+            same = [f for f in chosen if (f.title, f.shape, f.dtype) == (title, shape, dtype)]
+            cells.append(_cell(same[0], results.limits[dtype]) if same else "not measured")
+        lines.append(f"| {title} | {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: Measurement, limit: Roofline) -> str:
+    rate = found.rate(limit)
+    peer = f"**{found.ratio(found.best_peer):.2f}×** {found.best_peer}"
+    return ", ".join(part for part in (_time(found.seconds[found.ours]), rate, peer) if part)
+
+
+def model_table(results: Results) -> str:
+    """Models end to end: time, rate, and the ratio to each of the others."""
+    chosen = [found for found in results.measurements if found.ours.startswith(OURS)]
+    lines = ["| what | with | time | rate | times as fast as | memory |", "|---|---|---|---|---|---|"]
+    for found in chosen:
+        peers = (f"{name} **{found.ratio(name):.2f}×**" for name in found.seconds if name != found.ours)
+        rate = found.rate(results.limits[found.dtype])
+        with_what = f"{found.ours.removeprefix(OURS).removeprefix(', ') or found.dtype}"
+        what = f"{found.operator}, {found.shape}"
+        cells = (what, with_what, _time(found.seconds[found.ours]), rate, ", ".join(peers), _memory(found))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {"operators": operator_table, "models": model_table}
+
+
+def with_tables(text: str, files: Iterable[Path]) -> str:
+    """`text` with each table between its marks, such as <!-- cpu operators --> and <!-- end -->, made anew.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    for path in files:
+        results = read(path)
+        for name, table in TABLES.items():
+            begin, end = f"<!-- {path.stem} {name} -->\n", "<!-- end -->"
+            before, found, rest = text.partition(begin)
+            _, closed, after = rest.partition(end)
+            if not (found and closed):
+                raise ValueError(f"The text has no {begin.strip()} ... {end} for the table of {path.name}.")
+            text = f"{before}{begin}{table(results)}\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    readme = Path(sys.argv[1])
+    readme.write_text(with_tables(readme.read_text(), [RESULTS / "cpu.json"]))

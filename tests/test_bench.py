@@ -1,0 +1,181 @@
+"""The bench: nothing wrong is timed, results are kept and shown as they were measured."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlcore import cli, ops
+from vlcore.bench import command, harness, models, timing, training
+from vlcore.bench.harness import Case, Maker, Measurement
+from vlcore.bench.peers import EAGER, OURS, SDPA, operators, public_twin, torch_backend
+from vlcore.bench.report import RESULTS, Results, line, read, with_tables
+from vlcore.bench.timing import Roofline
+from vlcore.config import preset
+from vlcore.ops.swiglu import KERNELS
+
+LIMIT = Roofline(flops=4e11, bandwidth=4e10)
+FOUND = Measurement(
+    operator="swiglu", shape="2 × 3", dtype="float32", trains=False, ours="cpp", seconds={"cpp": 2e-3, "F.silu": 5e-3}
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(command, "roofline", lambda dtype, device: LIMIT)
+
+
+def case(**changes):
+    given = {"operator": "swiglu", "shape": "5 × 7", "inputs": lambda make: (make(5, 7), make(5, 7))}
+    return Case(**(given | changes))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_measures_every_backend_and_peer(trains):
+    peers = {"silu": lambda gate, up: torch.nn.functional.silu(gate) * up}
+    found = harness.measure(case(peers=peers, trains=trains), Maker(torch.float32, "cpu"))
+    assert set(found.seconds) == {*KERNELS} - {"triton"} | {"torch backend", "silu"}
+    assert found.trains == trains and found.seconds[found.ours] > 0
+
+
+def test_a_wrong_result_is_not_timed():
+    def wrong(gate, up, *, backend):
+        return ops.swiglu(gate, up, backend=backend) + (1e-3 if backend == "cpp" else 0)
+
+    timed = []
+    peers = {"peer": lambda gate, up: timed.append(1)}
+    with pytest.raises(AssertionError, match="torch's own is"):
+        harness.measure(case(function=wrong, peers=peers), Maker(torch.float32, "cpu"))
+    assert not timed
+
+
+def test_inputs_are_taken_in_turn():
+    seen = []
+
+    def watch(x, *, backend):
+        seen.append(x)
+        return x
+
+    harness.measure(
+        case(inputs=lambda make: [(make(2),), (make(2),), (make(2),)], function=watch), Maker(torch.float32, "cpu")
+    )
+    assert len({x.data_ptr() for x in seen}) >= 3
+
+
+@pytest.mark.parametrize("operator", command.benched())
+def test_every_case_is_of_its_operator_and_can_be_listed(operator):
+    cases = command.cases(operator)
+    assert cases and all(case.operator == operator for case in cases)
+    assert len({(case.title, case.shape) for case in cases}) == len(cases)
+
+
+def test_the_terminal_says_time_rate_and_ratios():
+    assert line(FOUND, LIMIT) == "swiglu  2 × 3  float32  cpp 2 ms  F.silu 2.50x"
+    rated = dataclasses.replace(FOUND, bytes=4e7, trains=True, memory={"cpp": 2**20, EAGER: 2**22})
+    assert "forward and backward" in line(rated, LIMIT)
+    assert "20.0 GB/s (50%)  1 MiB beside 4" in line(rated, LIMIT)
+    assert "100 GFLOP/s (25%)" in line(dataclasses.replace(FOUND, flops=2e8), LIMIT)
+
+
+def test_results_are_kept_and_replaced(tmp_path):
+    file = tmp_path / "results.json"
+    results = Results("here")
+    results.add(FOUND, LIMIT)
+    results.add(dataclasses.replace(FOUND, dtype="bfloat16"), LIMIT)
+    results.add(dataclasses.replace(FOUND, seconds={"cpp": 1.0, "F.silu": 3.0}), LIMIT)
+    results.write(file)
+    assert read(file) == results
+    assert [found.seconds["cpp"] for found in read(file).measurements] == [1.0, 2e-3]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"machine": "a", "limits": {}, "measurements": [{"b": 1}]}'])
+def test_a_file_that_is_not_ours_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json is no file of results"):
+        read(tmp_path / "x.json")
+
+
+def test_the_command_adds_to_its_file_and_knows_its_machine(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    arguments = ["bench", "swiglu", "--dtype", "float32", "--json", str(file)]
+    assert cli.main(arguments) == 0
+    assert "F.silu" in capsys.readouterr().out
+    measured = read(file)
+    assert {found.operator for found in measured.measurements} == {"swiglu"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "another"}))
+    assert cli.main(arguments) == 2
+    assert "holds what was measured on 'another'" in capsys.readouterr().err
+
+
+def test_the_command_refuses_what_it_cannot_bench(capsys):
+    assert cli.main(["bench", "swigloo"]) == 2
+    assert "There is no bench of 'swigloo'; there are add_rms_norm" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(["bench", "swiglu", "--device", "cuda"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_within_torch_backend_there_are_no_kernels():
+    kept = dict(KERNELS)
+    with pytest.raises(ZeroDivisionError), torch_backend():
+        assert not KERNELS
+        raise ZeroDivisionError
+    assert kept == KERNELS
+    assert {"swiglu", "decode_attention"} <= set(operators()) and "apply_rope" not in operators()
+
+
+@pytest.mark.parametrize("name", ["tiny", "deepseek_vl_1_3b"])
+def test_transformers_reads_our_weights_where_they_are(name):
+    config = preset(name)
+    if name != "tiny":  # SigLIP alone, small
+        small = preset("tiny")
+        config = dataclasses.replace(config, siglip=small.siglip, language=small.language, image_token_id=3)
+    model = models.random_model(config, torch.float32, "cpu")
+    ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    twin = public_twin(model, "sdpa")
+    theirs = {p.untyped_storage().data_ptr() for p in twin.parameters() if not p.is_meta}
+    assert theirs == ours
+    ids = torch.randint(4, 100, (1, 9))
+    torch.testing.assert_close(model(ids).logits, twin(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def small_end_to_end(monkeypatch, function):
+    small = dataclasses.replace(preset("tiny"), image_token_id=100)
+    for module in (models, training):
+        monkeypatch.setattr(module, "preset", lambda name: small)
+    monkeypatch.setattr(models, "PROMPT", 12)
+    return [found for case in function(torch.float32, "cpu", False) for found in models.measure(case, torch.float32)]
+
+
+@pytest.mark.parametrize(("function", "count"), [(models.vision, 3), (models.prefill, 1)])
+def test_models_end_to_end(monkeypatch, function, count):
+    found = small_end_to_end(monkeypatch, function)
+    assert len(found) == count
+    assert all(set(one.seconds) == {OURS, EAGER, SDPA} for one in found)
+
+
+def test_a_training_step_end_to_end(monkeypatch):
+    (found,) = small_end_to_end(monkeypatch, training.train)
+    assert found.trains and set(found.seconds) == {OURS, "torch backend"}
+
+
+def test_working_memory_counts_what_a_function_holds():
+    def hold(megabytes):
+        return lambda: torch.ones(megabytes * 2**18)
+
+    small, large = (timing.working_memory(hold(megabytes)) for megabytes in (10, 100))
+    if small is not None:
+        assert small < 20 * 2**20 < 90 * 2**20 < large < 110 * 2**20
+
+
+def test_the_readme_shows_what_was_measured():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    assert with_tables(text, [RESULTS / "cpu.json"]) == text
+
+
+def test_tables_need_their_marks():
+    with pytest.raises(ValueError, match="<!-- cpu operators -->"):
+        with_tables("nothing", [RESULTS / "cpu.json"])
