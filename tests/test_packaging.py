@@ -11,9 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import torch, vlcore, vlcore.kernels
+from vlcore.bench import command
 from vlcore import ops
 assert "site-packages" in vlcore.__file__, vlcore.__file__
 x, weight = torch.randn(3, 5), torch.ones(5)
+assert "site-packages" in command.__file__ and "rms_norm" in command.benched()
 torch.testing.assert_close(ops.rms_norm(x, weight, backend="cpp"), ops.rms_norm(x, weight, backend="torch"))
 """
 
