@@ -12,152 +12,20 @@ void quantized_linear_forward(const void* x, const void* values, const float* sc
 }  // namespace vlcore
 
 #else
+#include "cpu/few_rows.h"
+#include "cpu/quantized_rows.h"
+
 namespace vlcore::VLCORE_LEVEL {
-
-// Rows of the weight, and of x, that one pass over the inputs keeps sums for.
-constexpr int kWeightRows = 4;
-constexpr int kInputRows = 4;
-
-using SignedBytes = int8_t __attribute__((vector_size(kLanes)));
-using UnsignedBytes = uint8_t __attribute__((vector_size(kLanes)));
-
-// The bytes of a weight, as many as lanes; beyond `count` they are 0, and meet the zeros behind x.
-template <typename Bytes>
-VLCORE_INLINE IntVec load_bytes(const uint8_t* from, int64_t count) {
-  Bytes bytes = {};
-  if (count >= kLanes) {
-    std::memcpy(&bytes, from, kLanes);
-  } else {
-    std::memcpy(&bytes, from, count);
-  }
-  // In two steps, each of them one instruction: GCC takes four times the width apart, lane by lane.
-  using Shorts = int16_t __attribute__((vector_size(kLanes * 2)));
-  return __builtin_convertvector(__builtin_convertvector(bytes, Shorts), IntVec);
-}
-
-VLCORE_INLINE Vec to_float(IntVec v) { return __builtin_convertvector(v, Vec); }
-
-// A weight of 8 bits: a byte a column.
-struct EightBits {
-  static constexpr int kColumns = 1;
-  template <int kRows>
-  VLCORE_INLINE void add(const uint8_t* bytes, int64_t count, const float* x, int64_t, int64_t stride, Vec* sums) {
-    const Vec value = to_float(load_bytes<SignedBytes>(bytes, count));
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) sums[row] += value * load(x + row * stride);
-  }
-};
-
-// Of 4 bits: a byte holds an even column in its low half and the odd one after it in its high half, both plus 8.
-struct FourBits {
-  static constexpr int kColumns = 2;
-  template <int kRows>
-  VLCORE_INLINE void add(const uint8_t* bytes, int64_t count, const float* x, int64_t odd, int64_t stride, Vec* sums) {
-    const IntVec both = load_bytes<UnsignedBytes>(bytes, count);
-    const Vec low = to_float((both & 15) - 8), high = to_float((both >> 4) - 8);
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) {
-      sums[row] += low * load(x + row * stride) + high * load(x + odd + row * stride);
-    }
-  }
-};
-
-// x as float: its columns, or for 4 bits the even ones and from `odd` on the odd ones; zeros behind them.
-struct Inputs {
-  const float* x;
-  int64_t odd, stride;
-};
-
-// result[output][row] for kWeights rows of the weight, which are `bytes` long, and kRows rows of x.
-template <typename Bits, int kRows, int kWeights>
-static void dot_products(const Inputs& from, int64_t first_row, const uint8_t* values, int64_t bytes,
-                         const float* scales, int64_t groups, float (*result)[kInputRows]) {
-  const float* x = from.x + first_row * from.stride;
-  const int64_t group_bytes = (bytes + groups - 1) / groups;
-  Vec totals[kWeights][kRows] = {};
-  for (int64_t group = 0; group < groups; ++group) {
-    Vec sums[kWeights][kRows] = {};
-    for (int64_t at = group * group_bytes; at < (group + 1) * group_bytes; at += kLanes) {
-#pragma GCC unroll 4
-      for (int output = 0; output < kWeights; ++output) {
-        const uint8_t* row = values + output * bytes + at;
-        Bits::template add<kRows>(row, bytes - at, x + at, from.odd, from.stride, sums[output]);
-      }
-    }
-    for (int output = 0; output < kWeights; ++output) {
-      const float scale = scales[output * groups + group];
-      for (int row = 0; row < kRows; ++row) totals[output][row] += sums[output][row] * scale;
-    }
-  }
-  for (int output = 0; output < kWeights; ++output) {
-    for (int row = 0; row < kRows; ++row) result[output][row] = reduce_add(totals[output][row]);
-  }
-}
-
-template <typename Bits, typename T, int kWeights>
-static void outputs_of_all_rows(const Inputs& from, const uint8_t* values, int64_t bytes, const float* scales,
-                                int64_t groups, const T* bias, T* y, int64_t rows, int64_t outputs) {
-  for (int64_t first = 0; first < rows; first += kInputRows) {
-    const int64_t count = std::min<int64_t>(rows - first, kInputRows);
-    float result[kWeights][kInputRows];
-    switch (count) {
-      case 4:
-        dot_products<Bits, 4, kWeights>(from, first, values, bytes, scales, groups, result);
-        break;
-      case 3:
-        dot_products<Bits, 3, kWeights>(from, first, values, bytes, scales, groups, result);
-        break;
-      case 2:
-        dot_products<Bits, 2, kWeights>(from, first, values, bytes, scales, groups, result);
-        break;
-      default:
-        dot_products<Bits, 1, kWeights>(from, first, values, bytes, scales, groups, result);
-    }
-    for (int output = 0; output < kWeights; ++output) {
-      const float shift = bias ? static_cast<float>(bias[output]) : 0.f;
-      for (int64_t row = 0; row < count; ++row) {
-        y[(first + row) * outputs + output] = convert<T>(result[output][row] + shift);
-      }
-    }
-  }
-}
-
-template <typename Bits, typename T>
-static void multiply_by_weight(const T* x, const uint8_t* values, const float* scales, const T* bias, T* y,
-                               int64_t rows, int64_t outputs, int64_t inputs, int64_t groups) {
-  const int64_t bytes = (inputs + Bits::kColumns - 1) / Bits::kColumns, odd = round_up(bytes, kLanes);
-  const int64_t stride = odd * Bits::kColumns;
-  std::vector<float> wide(rows * stride);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < inputs; ++column) {
-      const int64_t place = column / Bits::kColumns + column % Bits::kColumns * odd;
-      wide[row * stride + place] = static_cast<float>(x[row * inputs + column]);
-    }
-  }
-  const Inputs from{wide.data(), odd, stride};
-  const int64_t quads = outputs / kWeightRows;
-#pragma omp parallel for schedule(static) if (outputs * inputs >= 1 << 15)
-  for (int64_t index = 0; index < quads + outputs % kWeightRows; ++index) {
-    // After the groups of four, the outputs that are left over go one at a time.
-    const int64_t first = index < quads ? index * kWeightRows : quads * kWeightRows + (index - quads);
-    const uint8_t* row = values + first * bytes;
-    const T* shift = bias ? bias + first : nullptr;
-    if (index < quads) {
-      outputs_of_all_rows<Bits, T, kWeightRows>(from, row, bytes, scales + first * groups, groups, shift, y + first,
-                                                rows, outputs);
-    } else {
-      outputs_of_all_rows<Bits, T, 1>(from, row, bytes, scales + first * groups, groups, shift, y + first, rows,
-                                      outputs);
-    }
-  }
-}
 
 template <typename T>
 static void quantized_linear_forward(const void* x, const void* values, const float* scales, const void* bias, void* y,
                                      int64_t rows, int64_t outputs, int64_t inputs, int64_t groups, int bits) {
-  const auto run = bits == 8 ? multiply_by_weight<EightBits, T> : multiply_by_weight<FourBits, T>;
-  run(static_cast<const T*>(x), static_cast<const uint8_t*>(values), scales, static_cast<const T*>(bias),
-      static_cast<T*>(y), rows, outputs, inputs, groups);
+  const QuantizedRows<T> from(static_cast<const T*>(x), rows, inputs, groups, bits);
+#pragma omp parallel for schedule(static) if (outputs * inputs >= kParallelWeights)
+  for (int64_t first = 0; first < outputs; first += kOutputBlock) {
+    from.multiply(static_cast<const uint8_t*>(values), scales, static_cast<const T*>(bias), static_cast<T*>(y), outputs,
+                  first, std::min(first + kOutputBlock, outputs));
+  }
 }
 
 }  // namespace vlcore::VLCORE_LEVEL

@@ -1,0 +1,211 @@
+// Products of few rows with a weight of integers, in integers: exact, and as fast as the weight can be read. Read at
+// the levels that multiply bytes.
+namespace vlcore::VLCORE_LEVEL {
+
+// Bytes of a weight's row that one instruction multiplies.
+constexpr int64_t kStep = 64;
+// A lane's sum of that many steps is below 2^31: 4 products a step, each of two magnitudes of at most 128 (or, twice
+// as many, of at most 8 and 128). On the way there a sum may wrap around, and does no harm.
+constexpr int64_t kMaxSteps = 1 << 14;
+
+// Rows of x as integers: x = unit * (digits[last] + digits[last - 1] / 256 + ...), the digits in -127..127 or
+// -128..127, so that the largest x of the row has 127 for its last. Three hold any bfloat16 to 2^-24 of the largest,
+// which leaves most of its bits to what is a thousandth of that; a float32 needs four.
+//
+// The instruction multiplies unsigned bytes by signed ones, and a weight w becomes the unsigned byte w + offset. Sums
+// therefore begin at -offset * sum(digits), which is what makes them those of w.
+template <typename T>
+class QuantizedRows {
+ public:
+  // x (rows, inputs); groups and bits of the weights that it will be multiplied by.
+  QuantizedRows(const T* x, int64_t rows, int64_t inputs, int64_t groups, int bits)
+      : rows_(rows),
+        halves_(bits == 8 ? 1 : 2),
+        bytes_((inputs + halves_ - 1) / halves_),
+        groups_(groups),
+        group_lanes_(groups == 1 ? 0 : bytes_ / groups / 4),
+        steps_((bytes_ + kStep - 1) / kStep),
+        segment_steps_(groups == 1 ? kMaxSteps : std::max<int64_t>(bytes_ / groups / kStep, 1)),
+        digits_size_(steps_ * halves_ * kDigits * kStep),
+        starts_size_((steps_ + segment_steps_ - 1) / segment_steps_ * kDigits * kLanes),
+        units_(rows),
+        digits_(rows * digits_size_),
+        starts_(rows * starts_size_) {
+    for (int64_t row = 0; row < rows; ++row) split(x + row * inputs, inputs, row);
+  }
+
+  // y (rows, outputs) in its columns [begin, end), for a weight (outputs, bytes) with scales (outputs, groups).
+  void multiply(const uint8_t* values, const float* scales, const T* bias, T* y, int64_t outputs, int64_t begin,
+                int64_t end) const {
+    const auto run = halves_ == 1 ? outputs_of<1>() : outputs_of<2>();
+    (this->*run)(values, scales, bias, y, outputs, begin, end);
+  }
+
+ private:
+  static constexpr int kDigits = std::is_same_v<T, float> ? 4 : 3;
+  using Outputs = void (QuantizedRows::*)(const uint8_t*, const float*, const T*, T*, int64_t, int64_t, int64_t) const;
+
+  void split(const T* x, int64_t inputs, int64_t row) {
+    Vec magnitudes = {};
+    bool finite = true;
+    for_vecs(inputs, [&](int64_t at, auto lanes) VLCORE_INLINED {
+      const Vec value = load(x + at, lanes);
+      magnitudes = maximum((Vec)_mm512_abs_ps((__m512)value), magnitudes);
+      finite &= _mm512_cmp_ps_mask((__m512)(value - value), _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+    });
+    const float largest = reduce_max(magnitudes), top = 127.f * (1 << 8 * (kDigits - 1));
+    // What is not finite makes all of its row so.
+    units_[row] = finite ? largest / 127.f : NAN;
+    // A row of nothing but the smallest numbers counts as zeros.
+    const float inverse = finite && largest > 1e-30f ? top / largest : 0.f;
+    const IntVec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
+    const auto integers = [&](int64_t column) {
+      const int64_t count = inputs - column;
+      const Vec value = count >= kLanes ? load(x + column) : count > 0 ? load_first(x + column, count) : Vec{};
+      return (IntVec)_mm512_cvtps_epi32((__m512)(value * inverse));
+    };
+    int8_t* to = digits_.data() + row * digits_size_;
+    for (int64_t byte = 0; byte < steps_ * kStep; byte += kLanes) {
+      // Where two columns share a byte, the even ones are one vector and the odd ones another.
+      IntVec first = inverse ? integers(byte * halves_) : IntVec{}, second = {};
+      if (halves_ == 2 && inverse) {
+        const IntVec next = integers(byte * 2 + kLanes), both = first;
+        first = (IntVec)_mm512_permutex2var_epi32((__m512i)both, (__m512i)even, (__m512i)next);
+        second = (IntVec)_mm512_permutex2var_epi32((__m512i)both, (__m512i)odd, (__m512i)next);
+      }
+      int8_t* place = to + byte / kStep * halves_ * kDigits * kStep + byte % kStep;
+      store_digits(first, place);
+      if (halves_ == 2) store_digits(second, place + kDigits * kStep);
+    }
+    set_starts(to, starts_.data() + row * starts_size_);
+  }
+
+  static void store_digits(IntVec value, int8_t* to) {
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const IntVec low = digit + 1 < kDigits ? (value << 24) >> 24 : value;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + digit * kStep), _mm512_cvtepi32_epi8((__m512i)low));
+      value = (value - low) >> 8;
+    }
+  }
+
+  void set_starts(const int8_t* digits, int32_t* starts) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (int64_t step = 0; step < steps_ * halves_; ++step) {
+      for (int digit = 0; digit < kDigits; ++digit) {
+        int32_t* start = starts + (step / halves_ / segment_steps_ * kDigits + digit) * kLanes;
+        const __m512i from = _mm512_loadu_si512(digits + (step * kDigits + digit) * kStep);
+        const IntVec sum = (IntVec)_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, from);
+        const IntVec old = (IntVec)_mm512_loadu_si512(start);
+        _mm512_storeu_si512(start, (__m512i)(old - (sum << (halves_ == 1 ? 7 : 3))));
+      }
+    }
+  }
+
+  template <int kHalves>
+  Outputs outputs_of() const {
+    switch (group_lanes_) {
+      case 0:
+        return &QuantizedRows::template all_outputs<kHalves, 0>;
+      case 4:
+        return &QuantizedRows::template all_outputs<kHalves, 4>;
+      case 8:
+        return &QuantizedRows::template all_outputs<kHalves, 8>;
+      case 16:
+        return &QuantizedRows::template all_outputs<kHalves, 16>;
+      default:
+        return &QuantizedRows::template all_outputs<kHalves, 32>;
+    }
+  }
+
+  template <int kHalves, int kGroupLanes>
+  void all_outputs(const uint8_t* values, const float* scales, const T* bias, T* y, int64_t outputs, int64_t begin,
+                   int64_t end) const {
+    for (int64_t output = begin; output < end; ++output) {
+      const float shift = bias ? static_cast<float>(bias[output]) : 0.f;
+      for (int64_t row = 0; row < rows_; ++row) {
+        const float sum = dot<kHalves, kGroupLanes>(values + output * bytes_, scales + output * groups_, row);
+        y[row * outputs + output] = convert<T>(sum * units_[row] + shift);
+      }
+    }
+  }
+
+  // One row of the weight times one of x. A group's scale holds for kGroupLanes lanes of the sums (32: for those of two
+  // steps; 0: for all of the row).
+  template <int kHalves, int kGroupLanes>
+  VLCORE_INLINED float dot(const uint8_t* weight, const float* scales, int64_t row) const {
+    constexpr int64_t kSteps = kGroupLanes == 0 ? kMaxSteps : kGroupLanes == 32 ? 2 : 1;
+    constexpr int64_t kScales = kGroupLanes == 4 ? 4 : kGroupLanes == 8 ? 2 : 1;
+    const int8_t* digits = digits_.data() + row * digits_size_;
+    const int32_t* starts = starts_.data() + row * starts_size_;
+    const int64_t whole = bytes_ / kStep;
+    Vec total = {};
+    const auto segment = [&](int64_t first, int64_t last, __mmask64 rest, __mmask8 kept) VLCORE_INLINED {
+      const int64_t index = first / kSteps;
+      IntVec sums[kDigits];
+#pragma GCC unroll 4
+      for (int digit = 0; digit < kDigits; ++digit) {
+        sums[digit] = (IntVec)_mm512_loadu_si512(starts + (index * kDigits + digit) * kLanes);
+      }
+      for (int64_t step = first; step < last; ++step) {
+        add_step<kHalves>(_mm512_loadu_si512(weight + step * kStep), digits + step * kHalves * kDigits * kStep, sums);
+      }
+      if (rest) {
+        const __m512i bytes = _mm512_maskz_loadu_epi8(rest, weight + last * kStep);
+        add_step<kHalves>(bytes, digits + last * kHalves * kDigits * kStep, sums);
+      }
+      total += value_of(sums) * scales_of<kGroupLanes>(scales + index * kScales, kept);
+    };
+    int64_t first = 0;
+    for (; first + kSteps <= whole; first += kSteps) segment(first, first + kSteps, 0, (1 << kScales) - 1);
+    if (first < steps_) {
+      const int64_t left = bytes_ % kStep, groups = std::min<int64_t>(groups_ - first / kSteps * kScales, kScales);
+      segment(first, whole, left ? ~0ull >> (kStep - left) : 0, (1 << (kGroupLanes ? groups : 1)) - 1);
+    }
+    return reduce_add(total) * (kGroupLanes == 0 ? scales[0] : 1.f);
+  }
+
+  template <int kHalves>
+  VLCORE_INLINED static void add_step(__m512i bytes, const int8_t* digits, IntVec* sums) {
+    const __m512i nibbles = _mm512_set1_epi8(15);
+    const __m512i first =
+        kHalves == 1 ? _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)) : _mm512_and_si512(bytes, nibbles);
+#pragma GCC unroll 4
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const __m512i x = _mm512_loadu_si512(digits + digit * kStep);
+      sums[digit] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[digit], first, x);
+    }
+    if (kHalves == 1) return;
+    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibbles);
+#pragma GCC unroll 4
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const __m512i x = _mm512_loadu_si512(digits + (kDigits + digit) * kStep);
+      sums[digit] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[digit], second, x);
+    }
+  }
+
+  VLCORE_INLINED static Vec value_of(const IntVec* sums) {
+    Vec value = __builtin_convertvector(sums[0], Vec);
+#pragma GCC unroll 4
+    for (int digit = 1; digit < kDigits; ++digit) {
+      value = value * (1.f / 256) + __builtin_convertvector(sums[digit], Vec);
+    }
+    return value;
+  }
+
+  // A scale for each lane; those of groups that are not kept are not read.
+  template <int kGroupLanes>
+  VLCORE_INLINED static Vec scales_of(const float* scales, __mmask8 kept) {
+    if (kGroupLanes == 0) return broadcast(1.f);
+    if (kGroupLanes >= 16) return broadcast(scales[0]);
+    const IntVec place = IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} / std::max(kGroupLanes, 1);
+    const __m512 few = _mm512_castps128_ps512(_mm_maskz_loadu_ps(kept, scales));
+    return (Vec)_mm512_permutexvar_ps((__m512i)place, few);
+  }
+
+  int64_t rows_, halves_, bytes_, groups_, group_lanes_, steps_, segment_steps_, digits_size_, starts_size_;
+  std::vector<float> units_;
+  std::vector<int8_t> digits_;
+  std::vector<int32_t> starts_;
+};
+
+}  // namespace vlcore::VLCORE_LEVEL
