@@ -53,4 +53,8 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "linear_forward", vlcore::linear_forward);
   bind(m, "quantized_linear_forward", vlcore::quantized_linear_forward);
   bind(m, "decode_attention_forward", vlcore::decode_attention_forward);
+  bind(m, "softmax_block", vlcore::softmax_block);
+  bind(m, "add_scaled_rows", vlcore::add_scaled_rows);
+  bind(m, "cross_entropy_grad_hidden", vlcore::cross_entropy_grad_hidden);
+  bind(m, "cross_entropy_grad_logits", vlcore::cross_entropy_grad_logits);
 }

@@ -75,4 +75,25 @@ void decode_attention_forward(const void* q, const void* k, const void* v, void*
                               int64_t token_stride, int64_t heads, int64_t kv_heads, int64_t head_dim, double theta,
                               float scale, Target target);
 
+// For the loss of a language model's head: a block of its vocabulary, the `words` from `first` on, whose logits are
+// (words, rows). Brings up to date what is known of each row's softmax: its largest logit, the sum of exp(logit -
+// largest) and, in the block of its label, the label's logit; `factor` (rows) is what exps taken before are to be
+// multiplied by. numerators (words, rows), exp(logit - largest), may be null, or the logits themselves.
+void softmax_block(const void* logits, const int64_t* labels, void* numerators, float* largest, float* sum,
+                   float* label_logit, float* factor, int64_t first, int64_t words, int64_t rows, Target target);
+
+// sums = sums * factor (rows) + block, both (rows, cols).
+void add_scaled_rows(const void* block, const float* factor, float* sums, int64_t rows, int64_t cols, Target target);
+
+// With sums (rows, cols) those of numerator * weight over the vocabulary: grad_hidden (rows, cols) = (sums / sum -
+// weight[label]) * row_scale.
+void cross_entropy_grad_hidden(const float* sums, const float* sum, const float* row_scale, const int64_t* labels,
+                               const void* weight, void* grad_hidden, int64_t rows, int64_t cols, Target target);
+
+// Of the same block of logits: grad_logits (words, rows), grad_stride from word to word, = (exp(logit - lse) - 1 at the
+// label) * row_scale. May take the place of the logits.
+void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const float* lse, const float* row_scale,
+                               void* grad_logits, int64_t grad_stride, int64_t first, int64_t words, int64_t rows,
+                               Target target);
+
 }  // namespace vlcore
