@@ -90,10 +90,10 @@ void add_scaled_rows(const void* block, const float* factor, float* sums, int64_
 void cross_entropy_grad_hidden(const float* sums, const float* sum, const float* row_scale, const int64_t* labels,
                                const void* weight, void* grad_hidden, int64_t rows, int64_t cols, Target target);
 
-// Of the same block of logits: grad_logits (words, rows), grad_stride from word to word, = (exp(logit - lse) - 1 at the
-// label) * row_scale. May take the place of the logits.
-void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const float* lse, const float* row_scale,
-                               void* grad_logits, int64_t grad_stride, int64_t first, int64_t words, int64_t rows,
-                               Target target);
+// Of the same block of logits, with largest and sum those of the whole vocabulary: grad_logits (words, rows), of
+// grad_stride elements from word to word, = (exp(logit - largest) / sum - 1 at the label) * row_scale.
+void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const float* largest, const float* sum,
+                               const float* row_scale, void* grad_logits, int64_t grad_stride, int64_t first,
+                               int64_t words, int64_t rows, Target target);
 
 }  // namespace vlcore

@@ -13,10 +13,12 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.linear_cross_entropy import KERNELS, REDUCTIONS, linear_cross_entropy_reference
 
 BACKENDS = [*KERNELS, "torch"]
+# A chunk of "torch" is held in several forms, and its bfloat16 weight's gradient also in float32.
+MEMORY = [("cpp", torch.float32, 1 / 20), ("cpp", torch.bfloat16, 1 / 20), ("torch", torch.float32, 1 / 2)]
 
 
 def inputs(*shape, width=8, vocabulary=11, ignored=0.4, dtype=torch.float32):
@@ -56,9 +58,59 @@ def test_matches_the_reference(backend, shape, sizes, reduction, dtype):
 def test_chunks_change_nothing(backend, reduction, monkeypatch):
     module, given = import_module("vlcore.ops.linear_cross_entropy"), inputs(37, ignored=0.2)
     skip_if_refused(KERNELS, backend, *given)
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 4)
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 1)
+    for name, size in {"_CHUNK_ROWS": 4, "_CHUNK_LOGITS": 1, "_BLOCK_WORDS": 3, "_GROUP_ROWS": 5}.items():
+        monkeypatch.setattr(module, name, size)
     assert_matches(reduced(reduction, backend), reference(reduction), *given)
+    wide = inputs(37, width=64, ignored=0.2)  # as wide as the weight's gradient has room for the logits
+    assert_matches(reduced(reduction, backend), reference(reduction), *wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    monkeypatch.setattr(import_module("vlcore.ops.linear_cross_entropy"), "_GROUP_ROWS", 40)
+    for width in (33, 129):
+        given = inputs(63, width=width, vocabulary=1100, ignored=0.0, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", *given)
+        assert_matches(reduced("mean", "cpp"), reference("mean"), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_and_long_sums(backend, dtype):
+    hidden, weight, labels = inputs(5, width=4, vocabulary=20000, dtype=dtype)
+    skip_if_refused(KERNELS, backend, hidden, weight, labels)
+    assert_matches(reduced("sum", backend), reference("sum"), hidden * 40, weight, labels)
+    assert_matches(reduced("sum", backend), reference("sum"), hidden / 40, weight, labels)
+
+
+def test_logits_that_are_not_finite():
+    hidden, labels = torch.ones(1, 1), torch.tensor([0])
+    for value, expected in ((torch.nan, torch.nan), (torch.inf, torch.nan), (-torch.inf, torch.log(torch.tensor(2.0)))):
+        weight = torch.zeros(1500, 1)
+        weight[2:1400] = -torch.inf
+        weight[1400:] = value
+        for backend in BACKENDS:
+            skip_if_refused(KERNELS, backend, hidden, weight, labels)
+            loss = ops.linear_cross_entropy(hidden, weight, labels, backend=backend)
+            torch.testing.assert_close(loss, torch.as_tensor(expected), equal_nan=True)
+    weight = torch.cat((torch.full((1100, 1), -torch.inf), torch.zeros(2, 1)))
+    loss = ops.linear_cross_entropy(hidden, weight, labels + 1100)
+    torch.testing.assert_close(loss, torch.log(torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_may_be_run_again(backend, keep):
+    hidden, weight, labels = inputs(7)
+    skip_if_refused(KERNELS, backend, hidden, weight, labels)
+    weight.requires_grad_()
+    (once,) = torch.autograd.grad(reference("mean")(hidden, weight, labels) * 3, weight)
+    loss = reduced("mean", backend)(hidden, weight, labels) * 3
+    for _ in range(2 if keep else 1):
+        loss.backward(retain_graph=keep)
+    torch.testing.assert_close(weight.grad, once * (2 if keep else 1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -87,14 +139,24 @@ def test_only_computes_the_gradients_that_are_needed(backend, frozen, reduction)
     torch.testing.assert_close(got, known)
 
 
-def test_never_holds_the_logits():
-    # 4096 rows of 5000 logits are 82 MB in float32; a chunk is 209 rows.
-    hidden, weight, labels = inputs(4096, vocabulary=5000, ignored=0.0)
-    hidden.requires_grad_(), weight.requires_grad_()
+@pytest.mark.parametrize("needs", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("backend", "dtype", "share"), MEMORY)
+def test_never_holds_the_logits(backend, dtype, share, needs):
+    """What is held at once, beyond inputs and gradients, is a small share of all rows' logits in float32."""
+    hidden, weight, labels = inputs(1088, width=96, vocabulary=40000, dtype=dtype)
+    skip_if_refused(KERNELS, backend, hidden, weight, labels)
+    hidden, weight = (tensor.requires_grad_(needed) for tensor, needed in zip((hidden, weight), needs, strict=True))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ops.linear_cross_entropy(hidden, weight, labels, backend="torch").backward()
-    largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert largest < 4096 * 5000 * 4 / 10
+        loss = ops.linear_cross_entropy(hidden, weight, labels, backend=backend)
+        if any(needs):
+            loss.backward()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    gradients = sum(tensor.numel() * tensor.itemsize for tensor in (hidden, weight) if tensor.requires_grad)
+    assert 0 < most < gradients + 1088 * 40000 * 4 * share, f"{most:,} bytes, {gradients:,} of them gradients"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

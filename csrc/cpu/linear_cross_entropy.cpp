@@ -18,11 +18,11 @@ void cross_entropy_grad_hidden(const float* sums, const float* sum, const float*
   VLCORE_RUN(target, cross_entropy_grad_hidden, sums, sum, row_scale, labels, weight, grad_hidden, rows, cols);
 }
 
-void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const float* lse, const float* row_scale,
-                               void* grad_logits, int64_t grad_stride, int64_t first, int64_t words, int64_t rows,
-                               Target target) {
-  VLCORE_RUN(target, cross_entropy_grad_logits, logits, labels, lse, row_scale, grad_logits, grad_stride, first, words,
-             rows);
+void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const float* largest, const float* sum,
+                               const float* row_scale, void* grad_logits, int64_t grad_stride, int64_t first,
+                               int64_t words, int64_t rows, Target target) {
+  VLCORE_RUN(target, cross_entropy_grad_logits, logits, labels, largest, sum, row_scale, grad_logits, grad_stride,
+             first, words, rows);
 }
 
 }  // namespace vlcore
@@ -98,7 +98,7 @@ static void cross_entropy_grad_hidden(const float* sums, const float* sum, const
 }
 
 template <typename T>
-static void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const float* lse,
+static void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const float* largest, const float* sum,
                                       const float* row_scale, void* grad_logits, int64_t grad_stride, int64_t first,
                                       int64_t words, int64_t rows) {
 #pragma omp parallel for if (words * rows >= (1 << 15))
@@ -106,24 +106,20 @@ static void cross_entropy_grad_logits(const void* logits, const int64_t* labels,
     const T* from = static_cast<const T*>(logits);
     T* to = static_cast<T*>(grad_logits);
     const int64_t end = std::min(rows, start + kStrip);
-    // The rows whose label is in the block need their logit after the gradient took its place.
-    float label_grads[kStrip];
-    for (int64_t row = start; row < end; ++row) {
-      const int64_t word = labels[row] - first;
-      if (word < 0 || word >= words) continue;
-      label_grads[row - start] =
-          (std::exp(static_cast<float>(from[word * rows + row]) - lse[row]) - 1.f) * row_scale[row];
-    }
+    float factors[kStrip];
+    for (int64_t row = start; row < end; ++row) factors[row - start] = row_scale[row] / sum[row];
     for (int64_t word = 0; word < words; ++word) {
       for_vecs(end - start, [&](int64_t at, auto lanes) VLCORE_INLINED {
         const int64_t row = start + at;
-        const Vec probability = exp(load(from + word * rows + row, lanes) - load(lse + row, lanes));
-        store(to + word * grad_stride + row, probability * load(row_scale + row, lanes), lanes);
+        const Vec numerator = exp(load(from + word * rows + row, lanes) - load(largest + row, lanes));
+        store(to + word * grad_stride + row, numerator * load(factors + at, lanes), lanes);
       });
     }
     for (int64_t row = start; row < end; ++row) {
       const int64_t word = labels[row] - first;
-      if (word >= 0 && word < words) to[word * grad_stride + row] = convert<T>(label_grads[row - start]);
+      if (word < 0 || word >= words) continue;
+      const float numerator = std::exp(static_cast<float>(from[word * rows + row]) - largest[row]);
+      to[word * grad_stride + row] = convert<T>((numerator / sum[row] - 1.f) * row_scale[row]);
     }
   }
 }

@@ -5,6 +5,8 @@ and, in the same pass, its gradients. "cpp" goes over blocks of the vocabulary, 
 date as attention does over blocks of keys: each product of a block is that of a small matrix which stays in the cache.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +20,10 @@ REDUCTIONS = ("mean", "sum", "none")
 # to be fast.
 _CHUNK_LOGITS = 2**20
 _CHUNK_ROWS = 128
-# Of the C++ kernel: words in a block of the vocabulary, and rows that pass over it together.
+# Of the C++ kernel: words in a block of the vocabulary, rows that pass over it together, and rows of one float32 sum.
 _BLOCK_WORDS = 1024
 _GROUP_ROWS = 512
+_TILE_ROWS = 64
 
 
 def linear_cross_entropy_reference(
@@ -112,8 +115,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         if ctx.reduced:
-            # A loss scale may lie outside of a narrow dtype's range: one dimension, so that it widens the product.
-            scale = grad_loss.reshape(1)
+            # A loss scale may lie outside of a narrow dtype's range. Eager torch takes a number on the CPU as it is;
+            # elsewhere one dimension makes it widen the product.
+            scale = grad_loss if checks.may_read(grad_loss) else grad_loss.reshape(1)
             # A head's gradient is large, and made twice only where this backward may be run again.
             again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
             grads = [torch.mul(g, scale, out=torch.empty_like(g) if again else g) for g in ctx.saved_tensors]
@@ -136,17 +140,17 @@ def _cpp_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, 
     scale = torch.ones(labels.shape) if row_scale is None else row_scale
     if len(supervised) < len(labels):
         x, label, scale = x[supervised], label[supervised], scale[supervised]
-    losses, lse = torch.empty(2, len(x))
     grad_x = torch.empty_like(x) if needs_hidden else hidden.new_empty(0)
     grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     # The gradient of the weight is written last. Until then it has room for the logits if there are fewer rows than
     # each is wide; if not, the logits are computed twice.
     kept = grad_weight.view(-1) if needs_weight and x.shape[0] <= x.shape[1] else None
+    losses, *softmax = torch.empty(3, len(x))
     for rows in _groups(x):
-        grads = grad_x[rows] if needs_hidden else None
-        _softmax(x, weight, label, scale, rows, kept, losses[rows], lse[rows], grads)
+        group = [tensor[rows] for tensor in (x, label, scale, losses, *softmax)]
+        _softmax(weight, kept, rows.start, grad_x[rows] if needs_hidden else None, *group)
     if needs_weight:
-        _write_grad_weight(x, weight, label, scale, lse, kept, grad_weight)
+        _write_grad_weight(x, weight, label, scale, kept, *softmax, grad_weight)
     if len(supervised) < len(labels):
         losses = torch.zeros(labels.shape).index_copy_(0, supervised, losses)
         grad_x = torch.zeros_like(hidden).index_copy_(0, supervised, grad_x) if needs_hidden else grad_x
@@ -157,51 +161,59 @@ def _groups(x: Tensor) -> list[slice]:
     return [slice(first, min(first + _GROUP_ROWS, len(x))) for first in range(0, len(x), _GROUP_ROWS)]
 
 
-def _room_for_logits(kept: Tensor | None, weight: Tensor, first: int, rows: slice) -> Tensor:
-    """(words, rows) for the block of the vocabulary from `first` on: its own place in `kept`, where that is given."""
-    words, count = min(_BLOCK_WORDS, len(weight) - first), rows.stop - rows.start
-    if kept is None:
-        return weight.new_empty(words, count)
-    at = first * weight.shape[1] + words * rows.start
-    return kept[at : at + words * count].view(words, count)
+def _blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    return zip(range(0, len(weight), _BLOCK_WORDS), weight.split(_BLOCK_WORDS), strict=True)
 
 
-def _softmax(x, weight, label, scale, rows, kept, losses, lse, grads):
-    """The losses of a group of rows, their log-sum-exps, and if they are asked for the gradients of x."""
-    x, label, scale, dtype = x[rows], label[rows], scale[rows], x.dtype
-    largest, factor, label_logit = x.new_empty(3, len(x), dtype=torch.float32)
+def _place(kept: Tensor | None, room: Tensor, first: int, block: Tensor, x: Tensor, start: int) -> Tensor:
+    """Where a block's logits (words, rows) of the rows x from `start` on are: a part of `kept`, if that is given."""
+    at = 0 if kept is None else first * x.shape[1] + len(block) * start
+    size = len(block) * len(x)
+    return (room if kept is None else kept)[at : at + size].view(len(block), len(x))
+
+
+def _softmax(weight, kept, start, grad_x, x, label, scale, losses, largest, total):
+    """Of a group of rows the losses, the largest logits and the sums of exp(logit - largest), and x's gradient."""
     largest.fill_(torch.finfo(torch.float32).min)
-    total = torch.zeros_like(largest)
-    # What attention does over blocks of keys, with the words as keys and as values.
-    sums, product = (x.new_zeros(x.shape, dtype=wide) if grads is not None else None for wide in (torch.float32, dtype))
-    for first in range(0, len(weight), _BLOCK_WORDS):
-        block = weight[first : first + _BLOCK_WORDS]
-        logits = torch.mm(block, x.t(), out=_room_for_logits(kept, weight, first, rows))
-        numerators = None if grads is None else logits if kept is None else torch.empty_like(logits)
-        known = (largest, total, label_logit, factor)
-        native.run_cpp("softmax_block", dtype, logits, label, numerators, *known, first, *logits.shape)
-        if grads is not None:
+    total.zero_()
+    factor, room = torch.empty_like(largest), x.new_empty(_BLOCK_WORDS * len(x))
+    if grad_x is not None:
+        sums, product = x.new_zeros(x.shape, dtype=torch.float32), torch.empty_like(x)
+    for first, block in _blocks(weight):
+        logits = torch.mm(block, x.t(), out=_place(kept, room, first, block, x, start))
+        numerators = None if grad_x is None else _place(None, room, first, block, x, start)
+        # The logit of the label comes first, and then its loss.
+        known = (largest, total, losses, factor)
+        native.run_cpp("softmax_block", x.dtype, logits, label, numerators, *known, first, *logits.shape)
+        if numerators is not None:
+            # As attention does over blocks of keys, with the words as keys and as values.
             torch.mm(numerators.t(), block, out=product)
-            native.run_cpp("add_scaled_rows", dtype, product, factor, sums, *x.shape)
-    torch.add(largest, total.log(), out=lse)
-    torch.sub(lse, label_logit, out=losses)
-    if grads is not None:
-        given = (sums, total, scale, label, weight, grads)
-        native.run_cpp("cross_entropy_grad_hidden", dtype, *given, *x.shape)
+            native.run_cpp("add_scaled_rows", x.dtype, product, factor, sums, *x.shape)
+    torch.add(largest - losses, total.log(), out=losses)
+    if grad_x is not None:
+        given = (sums, total, scale, label, weight, grad_x)
+        native.run_cpp("cross_entropy_grad_hidden", x.dtype, *given, *x.shape)
 
 
-def _write_grad_weight(x, weight, label, scale, lse, kept, grad_weight):
-    """The rows of a block of the vocabulary at a time, each the one product of the gradients of its logits with x."""
-    for first in range(0, len(weight), _BLOCK_WORDS):
-        block = weight[first : first + _BLOCK_WORDS]
-        grad_logits = x.new_empty(len(block), len(x))
+def _write_grad_weight(x, weight, label, scale, kept, largest, total, grad_weight):
+    """The gradient of a block of the vocabulary at a time: one product of the gradients of its logits with x."""
+    grad_logits, room = x.new_empty(_BLOCK_WORDS, len(x)), x.new_empty(_BLOCK_WORDS * min(len(x), _GROUP_ROWS))
+    for first, block in _blocks(weight):
         for rows in _groups(x):
-            logits = _room_for_logits(kept, weight, first, rows)
+            logits = _place(kept, room, first, block, x[rows], rows.start)
             if kept is None:
                 torch.mm(block, x[rows].t(), out=logits)
-            given = (logits, label[rows], lse[rows], scale[rows], grad_logits[:, rows])
+            given = (logits, label[rows], largest[rows], total[rows], scale[rows], grad_logits[:, rows])
             native.run_cpp("cross_entropy_grad_logits", x.dtype, *given, len(x), first, *logits.shape)
-        torch.mm(grad_logits, x, out=grad_weight[first : first + _BLOCK_WORDS])
+        _multiply(grad_logits[: len(block)], x, grad_weight[first : first + len(block)])
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b. float32 products of torch sum one after the other, with errors that grow: here only in tiles."""
+    tile = _TILE_ROWS if out.dtype == torch.float32 else len(b)
+    torch.mm(a[:, :tile], b[:tile], out=out)
+    for first in range(tile, len(b), tile or 1):
+        out.addmm_(a[:, first : first + tile], b[first : first + tile])
 
 
 # In order of preference; without backwards, as a forward gives the gradients.
