@@ -1,5 +1,7 @@
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -28,6 +30,15 @@ struct Crossing<vlcore::Target> {
   }
 };
 
+template <>
+struct Crossing<vlcore::Heads> {
+  using Given = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  static vlcore::Heads take(Given given) {
+    const auto [address, batch_stride, token_stride, head_stride] = given;
+    return {reinterpret_cast<const void*>(address), batch_stride, token_stride, head_stride};
+  }
+};
+
 template <typename... Arguments>
 void bind(py::module_& m, const char* name, void (*kernel)(Arguments...)) {
   m.def(name, [kernel](typename Crossing<Arguments>::Given... given) {
@@ -50,6 +61,9 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "swiglu_backward", vlcore::swiglu_backward);
   bind(m, "rel_pos_attention_forward", vlcore::rel_pos_attention_forward);
   bind(m, "window_attention_forward", vlcore::window_attention_forward);
+  bind(m, "apply_rope", vlcore::apply_rope);
+  bind(m, "attention_forward", vlcore::attention_forward);
+  bind(m, "attention_backward", vlcore::attention_backward);
   bind(m, "linear_forward", vlcore::linear_forward);
   bind(m, "quantized_linear_forward", vlcore::quantized_linear_forward);
   bind(m, "decode_attention_forward", vlcore::decode_attention_forward);

@@ -57,6 +57,31 @@ void window_attention_forward(const void* qkv, const void* qkv_bias, const void*
                               void* out, float* lse, int64_t batch, int64_t height, int64_t width, int64_t heads,
                               int64_t head_dim, int64_t window, Target target);
 
+// A tensor (batch, tokens, heads, head_dim): its strides in elements; those of a head are contiguous.
+struct Heads {
+  const void* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+// Turns each pair (x[i], x[i + head_dim / 2]) of a head by position * theta^(-2i / head_dim), or back if `backwards`:
+// y (batch, tokens, heads, head_dim), positions (batch, tokens).
+void apply_rope(Heads x, const int64_t* positions, void* y, int64_t batch, int64_t tokens, int64_t heads,
+                int64_t head_dim, double theta, bool backwards, Target target);
+
+// Softmax attention of q (batch, queries, heads, head_dim) to k and v (batch, keys, kv_heads, head_dim); positions
+// (batch, keys) rotate q and k as apply_rope does, the queries by the last of them, or null. bounds (sequences + 1)
+// packs sequences into one row of the batch, or null. out as q and contiguous, lse (batch, heads, queries) is the
+// logarithm of each softmax's denominator. Causal: the last query sees the last key of its sequence.
+void attention_forward(Heads q, Heads k, Heads v, const int64_t* positions, const int32_t* bounds, void* out,
+                       float* lse, int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
+                       int64_t head_dim, int64_t sequences, double theta, bool causal, float scale, Target target);
+
+// The gradients are contiguous, and the same for any number of threads.
+void attention_backward(const void* grad_out, Heads q, Heads k, Heads v, const int64_t* positions,
+                        const int32_t* bounds, const void* out, const float* lse, void* grad_q, void* grad_k,
+                        void* grad_v, int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
+                        int64_t head_dim, int64_t sequences, double theta, bool causal, float scale, Target target);
+
 // y (rows, outputs) = x (rows, inputs) weight (outputs, inputs)^T + bias (outputs) or null; for few rows.
 void linear_forward(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t outputs,
                     int64_t inputs, Target target);

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from operators import (
     DTYPES,
     assert_compiles,
@@ -9,10 +10,18 @@ from operators import (
     assert_well_formed,
     random,
     skip_if_refused,
+    values_and_gradients,
 )
 
-from vlcore import ops
-from vlcore.ops.rope_attention import KERNELS, RopeAttention, rope_attention_reference
+from vlcore import native, ops
+from vlcore.ops.rope_attention import (
+    APPLY_ROPE_KERNELS,
+    KERNELS,
+    RopeAttention,
+    apply_rope_reference,
+    rope_attention_forward,
+    rope_attention_reference,
+)
 
 BACKENDS = [*KERNELS, "torch"]
 
@@ -68,6 +77,22 @@ def test_packed_sequences_match_the_reference(backend, offsets, causal):
     assert_matches(through_op(backend, causal, cu_seqlens), reference(causal, cu_seqlens), *given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    for sizes, offsets in (
+        ({"queries": 129, "keys": 129, "dim": 80}, None),
+        ({"queries": 63, "keys": 190, "dim": 32}, None),
+        ({"queries": 131, "keys": 131, "dim": 18}, (0, 1, 1, 66, 131)),
+    ):
+        given = inputs(**sizes, batch=1, dtype=dtype)
+        cu_seqlens = None if offsets is None else bounds(*offsets)
+        skip_if_refused(KERNELS, "cpp", *given, 1e4, True, cu_seqlens, 0.5)
+        for causal in (True, False):
+            assert_matches(through_op("cpp", causal, cu_seqlens), reference(causal, cu_seqlens), *given)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", PACKINGS)
 def test_packed_sequences_are_each_by_itself(offsets, causal):
@@ -121,6 +146,37 @@ def test_apply_rope_turns_by_differences_of_position():
     torch.testing.assert_close(ops.apply_rope(one, torch.ones(1, 1, dtype=torch.int32))[0, 0, 0], wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 80), (1, 129, 2, 64), (3, 1, 1, 2), (0, 4, 2, 8), (1, 0, 2, 8)])
+@pytest.mark.parametrize("backend", [*APPLY_ROPE_KERNELS, "torch"])
+def test_apply_rope_matches_the_reference(backend, shape, dtype):
+    x, positions = random(*shape, dtype=dtype), torch.arange(shape[1]).expand(shape[:2])
+    skip_if_refused(APPLY_ROPE_KERNELS, backend, x, positions, 1e4)
+    turn = lambda x: ops.apply_rope(x, positions, backend=backend)  # noqa: E731
+    assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
+    assert_strides_do_not_matter(turn, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_apply_rope_at_every_level_of_instructions(monkeypatch, level, dtype):
+    # Positions in all quarters of the circle, before zero and far out.
+    x, positions = random(1, 800, 2, 34, dtype=dtype), torch.arange(-400, 400).mul(41)[None].int()
+    skip_if_refused(APPLY_ROPE_KERNELS, "cpp", x, positions, 1e4)
+    monkeypatch.setattr(native, "level", level)
+    turn = lambda x: ops.apply_rope(x, positions, backend="cpp")  # noqa: E731
+    assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
+
+
+@pytest.mark.parametrize("backend", [*APPLY_ROPE_KERNELS, "torch"])
+def test_apply_rope_is_a_well_formed_torch_operator(backend):
+    x, positions = random(2, 5, 3, 8), torch.arange(5).expand(2, 5)
+    skip_if_refused(APPLY_ROPE_KERNELS, backend, x, positions, 1e4)
+    (y,) = assert_well_formed("apply_rope_forward", x, positions, 1e4, backend)
+    assert_well_formed("apply_rope_backward", y, positions, 1e4, backend)
+    assert_compiles(lambda x: ops.apply_rope(x, positions, backend=backend), (x,))
+
+
 def test_positions_far_out_stay_exact():
     # In bfloat16, position 16383 would be 16384.
     x = random(1, 2, 1, 64)
@@ -151,6 +207,47 @@ def test_is_a_well_formed_torch_operator(backend, cu_seqlens):
     numbers = (1e4, True, 0.5, backend)
     out, lse = assert_well_formed("rope_attention_forward", *given, cu_seqlens, *numbers)
     assert_well_formed("rope_attention_backward", torch.ones_like(out), *given, cu_seqlens, out, lse, *numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sums_stay_as_accurate(dtype):
+    """4096 keys, of one head."""
+    given = inputs(batch=1, queries=4096, keys=4096, heads=1, key_heads=1, dim=64, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 1e4, True, None, 0.5)
+    assert_matches(through_op("cpp"), reference(), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype):
+    given = inputs(batch=1, queries=600, keys=600, dim=32, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 1e4, True, None, 0.5)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(values_and_gradients(through_op("cpp"), given))
+    torch.set_num_threads(threads)
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_takes_views_of_one_projection_where_they_are(dtype):
+    """Heads of q, k and v next to each other, at addresses off any boundary."""
+    fused = random(1, 70 * 8 * 32 + 1, dtype=dtype)[:, 1:].view(1, 70, 8, 32)
+    q, k, v = fused.split((4, 2, 2), 2)
+    positions = torch.arange(70)[None]
+    skip_if_refused(KERNELS, "cpp", q, k, v, positions, 1e4, True, None, 0.5)
+    views = rope_attention_forward(q, k, v, positions, None, 1e4, True, 0.5, "cpp")
+    copies = rope_attention_forward(*(x.clone() for x in (q, k, v)), positions, None, 1e4, True, 0.5, "cpp")
+    assert torch.equal(views[0], copies[0]) and views[0].is_contiguous()
+    assert_as_accurate(views[1], copies[1], copies[1].double())
+
+
+def test_a_query_that_sees_one_key_moves_nothing():
+    q, k, v, positions = inputs(batch=1, queries=1, keys=1, dim=64)
+    skip_if_refused(KERNELS, "cpp", q, k, v, positions, 1e4, True, None, 0.5)
+    out, grad_q, grad_k, _ = values_and_gradients(lambda *qkv: through_op("cpp")(*qkv, positions), (q, k, v))
+    assert torch.equal(out[:, :, 0], v[:, :, 0]) and not grad_q.any() and not grad_k.any()
 
 
 def test_compiles_without_graph_breaks():
@@ -216,3 +313,12 @@ def test_apply_rope_refuses_what_does_not_fit():
         ops.apply_rope(Q[0], POSITIONS)
     with pytest.raises(ValueError, match=r"apply_rope: positions is \(2, 6\); x \(2, 7, 4, 8\) needs \(2, 7\)"):
         ops.apply_rope(Q, POSITIONS[:, 1:])
+    with pytest.raises(ValueError, match="apply_rope cannot run on 'cpp' .* float32 and bfloat16 only"):
+        ops.apply_rope(Q.half(), POSITIONS, backend="cpp")
+
+
+def test_says_why_a_backend_cannot_run():
+    with pytest.raises(ValueError, match="rope_attention cannot run on 'cpp' .* float32 and bfloat16 only"):
+        ops.rope_attention(Q.half(), K.half(), K.half(), POSITIONS, backend="cpp")
+    with pytest.raises(ValueError, match="cannot run on 'cpp' .* it reads cu_seqlens on the CPU only"):
+        ops.rope_attention(Q[:1], K[:1], K[:1], POSITIONS[:1], cu_seqlens=bounds(0, 7).to("meta"), backend="cpp")

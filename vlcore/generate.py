@@ -71,9 +71,10 @@ class KVCache:
             return ops.decode_attention(q, k, v, self.keys[layer], self.values[layer], self.lengths, theta=theta)
         if self._places is None:
             raise ValueError("KVCache.attend: call begin with the prompts' lengths before the first forward.")
-        self.keys[layer][self._places] = ops.apply_rope(k, positions, theta).flatten(0, 1)
+        q, k = (ops.apply_rope(x, positions, theta) for x in (q, k))
+        self.keys[layer][self._places] = k.flatten(0, 1)
         self.values[layer][self._places] = v.flatten(0, 1)
-        return ops.rope_attention(q, k, v, positions, theta=theta, cu_seqlens=cu_seqlens)
+        return ops.attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +24,27 @@ level: int = cpp.best_level() if cpp else 0
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
+class Strided(NamedTuple):
+    """A tensor that goes to a kernel with its strides, but for the last, which is 1."""
+
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Strided":
+        return cls(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+
+
 def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
     """Call a function of the C++ extension for tensors of a dtype; tensors go to it as their addresses, None as 0."""
-    given = (arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else arg for arg in args)
-    getattr(cpp, kernel)(*given, (_DTYPES[dtype], level))
+    getattr(cpp, kernel)(*map(_crossing, args), (_DTYPES[dtype], level))
+
+
+def _crossing(arg):
+    if isinstance(arg, Tensor):
+        return arg.data_ptr()
+    if isinstance(arg, Strided):
+        return arg.tensor.data_ptr(), *arg.tensor.stride()[:-1]
+    return 0 if arg is None else arg
 
 
 def cpp_refusals(x: Tensor) -> list[str]:

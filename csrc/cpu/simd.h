@@ -137,23 +137,21 @@ VLCORE_INLINE Vec exp2(Vec x) {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// e^x to an ulp or two, for x <= 88; as exp2 otherwise. Rounding x * log2(e) alone would cost |x| / 2 ulps.
+// e^x to 1e-7 of it, for x <= 88: unlike exp2(x * kLog2E), which errs with the size of x. Below -87.3 as exp2. A NaN
+// stays one.
 VLCORE_INLINE Vec exp(Vec x) {
-  const Vec clamped = x < -87.f ? broadcast(-87.f) : x;
-  const Vec shifted = clamped * kLog2E + 12582912.f;
-  const Vec power = shifted - 12582912.f;
-  // ln 2 in two parts, the first of so few bits that its product is exact.
-  const Vec rest = (clamped - power * 0.693359375f) + power * 2.12194440e-4f;
-  Vec p = broadcast(1.f / 5040);
-  p = p * rest + 1.f / 720;
-  p = p * rest + 1.f / 120;
-  p = p * rest + 1.f / 24;
-  p = p * rest + 1.f / 6;
-  p = p * rest + 0.5f;
-  p = p * rest + 1.f;
-  p = p * rest + 1.f;
-  const Vec result = from_bits(bits_of(p) + (bits_of(shifted) << 23));
-  return x < -104.f ? Vec{} : result;
+  const Vec clamped = x < -87.3f ? broadcast(-87.3f) : x;
+  const Vec shifted = clamped * kLog2E + 12582912.f, power = shifted - 12582912.f;
+  // ln(2) in two parts, the first with so few digits that its products are exact.
+  const Vec r = clamped - power * 0.693145752f - power * 1.42860677e-6f;
+  Vec p = broadcast(1.381314454e-3f);
+  p = p * r + 8.369418832e-3f;
+  p = p * r + 4.166845679e-2f;
+  p = p * r + 1.666651479e-1f;
+  p = p * r + 4.999999305e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  return x < -104.f ? Vec{} : from_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
 }  // namespace vlcore::VLCORE_LEVEL

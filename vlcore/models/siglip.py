@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlcore import ops
 from vlcore.config import SiglipConfig
 from vlcore.models.layers import LayerNorm, Linear, Mlp, PatchEmbedding, normalized, run_block
 
@@ -64,5 +65,5 @@ class SiglipAttention(nn.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q_BHTD, k_BHTD, v_BHTD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD).transpose(1, 2).flatten(2))
+        q_BTHD, k_BTHD, v_BTHD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.proj(ops.attention(q_BTHD, k_BTHD, v_BTHD).flatten(2))

@@ -1,6 +1,7 @@
 """The operators that the models are built from; each picks the fastest kernel that can run its inputs."""
 
 from vlcore.ops.add_rms_norm import add_rms_norm
+from vlcore.ops.attention import attention
 from vlcore.ops.decode_attention import decode_attention
 from vlcore.ops.downsample_features import downsample_features
 from vlcore.ops.hybrid_adaptor import hybrid_adaptor
@@ -18,6 +19,7 @@ __all__ = [
     "QuantizedWeight",
     "add_rms_norm",
     "apply_rope",
+    "attention",
     "decode_attention",
     "downsample_features",
     "hybrid_adaptor",

@@ -1,10 +1,22 @@
 """Rotary positions and softmax attention: softmax(rope(q) rope(k)^T * scale) v, causal, grouped, packed."""
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
+from vlcore.ops.attention import (
+    attention_reference,
+    check,
+    cpp_backward,
+    cpp_forward,
+    cpp_refusals,
+    fake_backward,
+    fake_forward,
+    may_split,
+)
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
 
 
@@ -21,24 +33,78 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-def apply_rope(x: Tensor, positions: Tensor, theta: float = 1e4) -> Tensor:
+def apply_rope_reference(x: Tensor, positions: Tensor, theta: float = 1e4) -> Tensor:
+    """The definition, which every kernel is tested against."""
+    return rotate(x, *rope_tables(positions, x.shape[-1], theta, torch.promote_types(x.dtype, torch.float32)))
+
+
+def apply_rope(x: Tensor, positions: Tensor, theta: float = 1e4, *, backend: str = AUTO) -> Tensor:
     """Rotary position embedding the way of LLaMA: the two halves of a head are the pairs (arXiv 2104.09864).
 
     Args:
         x: (B, T, H, D), floating, D even.
         positions: (B, T), int32 or int64.
         theta: base of the wavelengths.
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         (B, T, H, D), of x's dtype; computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
     checks.rank("apply_rope", "x", x, "B T H D")
     checks.alike("apply_rope", x=x)
     _check_positions("apply_rope", positions, "x", x)
-    return rotate(x, *rope_tables(positions, x.shape[-1], theta, torch.promote_types(x.dtype, torch.float32)))
+    backend = choose("apply_rope", APPLY_ROPE_KERNELS, backend, x, positions, theta)
+    if backend == TORCH:
+        return apply_rope_reference(x, positions, theta)
+    return apply(ApplyRope, x, positions, theta, backend)
+
+
+class ApplyRope(torch.autograd.Function):
+    """`apply_rope` through its torch ops; the gradient is turned back by the same angles."""
+
+    @staticmethod
+    def forward(ctx, x, positions, theta, backend):
+        ctx.save_for_backward(positions)
+        ctx.numbers = (theta, backend)
+        return apply_rope_forward(x, positions, theta, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        return apply_rope_backward(grad_y, *ctx.saved_tensors, *ctx.numbers), None, None, None
+
+
+def _cpp_apply_rope(x: Tensor, positions: Tensor, theta: float, backwards: bool = False) -> Tensor:
+    y = x.new_empty(x.shape)
+    given = (native.Strided.of(x), positions.long().contiguous(), y)
+    native.run_cpp("apply_rope", x.dtype, *given, *x.shape, theta, backwards)
+    return y
+
+
+# In order of preference.
+APPLY_ROPE_KERNELS = {
+    "cpp": Kernel(
+        _cpp_apply_rope,
+        partial(_cpp_apply_rope, backwards=True),
+        lambda x, positions, theta: native.cpp_refusals(x),
+    )
+}
+
+apply_rope_forward = define(
+    "apply_rope_forward(Tensor x, Tensor positions, float theta, str backend) -> Tensor",
+    APPLY_ROPE_KERNELS,
+    lambda x, positions, theta: apply_rope_reference(x, positions, theta).contiguous(),
+    fake=lambda x, *rest: x.new_empty(x.shape),
+)
+apply_rope_backward = define(
+    "apply_rope_backward(Tensor grad_y, Tensor positions, float theta, str backend) -> Tensor",
+    APPLY_ROPE_KERNELS,
+    lambda grad_y, positions, theta: apply_rope_reference(grad_y, -positions, theta).contiguous(),
+    fake=lambda grad_y, *rest: grad_y.new_empty(grad_y.shape),
+)
 
 
 def rope_attention_reference(
@@ -52,68 +118,10 @@ def rope_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """The definition, which every kernel is tested against."""
-    num_queries = q.shape[1]
     cos, sin = rope_tables(positions, q.shape[-1], theta, torch.promote_types(q.dtype, torch.float32))
-    first = positions.shape[1] - num_queries
+    first = positions.shape[1] - q.shape[1]
     q, k = rotate(q, cos[:, first:], sin[:, first:]), rotate(k, cos, sin)
-    if cu_seqlens is None:
-        return _attend(q, k, v, causal, scale)
-    return _attend_packed(q, k, v, causal, scale, _sequence_lengths(cu_seqlens, num_queries))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T * scale) v on (B, T, H, D); the last query stands at the last key."""
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    if causal and num_queries < num_keys:
-        causal = False
-        if num_queries > 1:
-            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
-            mask = ones.tril(num_keys - num_queries)
-    # Comparing sizes that are symbols in a graph gives a bool only once a branch asks for it.
-    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        **grouped,
-    )
-    return out.transpose(1, 2)
-
-
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths: list[int]) -> Tensor:
-    """Each sequence of a packed row attends to itself; lengths that are alike enough go as one padded batch."""
-    longest = max(lengths, default=0)
-    if all(length == longest for length in lengths):
-        q, k, v = (x.reshape(len(lengths), longest, *x.shape[2:]) for x in (q, k, v))
-        return _attend(q, k, v, causal, scale).reshape(1, -1, *q.shape[2:])
-    if len(lengths) * longest > 2 * q.shape[1]:
-        parts = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-        return torch.cat([_attend(q, k, v, causal, scale) for q, k, v in parts], 1)
-    real = torch.arange(longest, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
-    place = real.flatten().nonzero()[:, 0]
-    q, k, v = (_scatter(x, place, len(lengths), longest) for x in (q, k, v))
-    # Padding stands after the real keys, where a causal query never looks.
-    out = _attend(q, k, v, causal, scale, None if causal else real[:, None, None])
-    return out.flatten(0, 1)[place][None]
-
-
-def _scatter(x: Tensor, place: Tensor, num_sequences: int, longest: int) -> Tensor:
-    """Rows of x (1, T, H, D) at their places in zeros (num_sequences, longest, H, D)."""
-    padded = x.new_zeros(num_sequences * longest, *x.shape[2:])
-    return padded.index_copy(0, place, x[0]).unflatten(0, (num_sequences, longest))
-
-
-def _sequence_lengths(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
-    if not offsets or offsets[0] != 0 or offsets[-1] != num_tokens or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"rope_attention: cu_seqlens {offsets} must rise from 0 to the number of tokens, {num_tokens}."
-        )
-    return lengths
+    return attention_reference(q, k, v, causal, cu_seqlens, scale, "rope_attention")
 
 
 def rope_attention(
@@ -140,7 +148,7 @@ def rope_attention(
         cu_seqlens: (num_sequences + 1,) int32, from 0 to Tk: packs several sequences into B = 1, Tq = Tk, and
             attention never crosses them. Its values are checked where they are on the CPU.
         scale: of the scores; D^-1/2 unless given.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         (B, Tq, Hq, D), of q's dtype. The rotation and the softmax are computed in float32.
@@ -148,36 +156,14 @@ def rope_attention(
     Raises:
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
-    _check(q, k, v, positions, cu_seqlens)
+    check("rope_attention", q, k, v, cu_seqlens)
+    _check_positions("rope_attention", positions, "k", k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, positions, theta, causal, cu_seqlens, scale)
     backend = choose("rope_attention", KERNELS, backend, *arguments)
-    # A graph cannot depend on the lengths of packed sequences: in it, they stay inside the torch op.
-    if backend == TORCH and (cu_seqlens is None or not torch.compiler.is_compiling()):
+    if backend == TORCH and may_split(cu_seqlens):
         return rope_attention_reference(*arguments)
     return apply(RopeAttention, *arguments, backend)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.rank("rope_attention", name, tensor, "B T H D")
-    checks.alike("rope_attention", q=q, k=k, v=v)
-    checks.shape("rope_attention", "k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), "q", q)
-    checks.shape("rope_attention", "v", v, k.shape, "k", k)
-    checks.heads("rope_attention", q, k)
-    if k.shape[1] < q.shape[1]:
-        raise ValueError(f"rope_attention: {q.shape[1]} queries stand at the end of {k.shape[1]} keys: too few keys.")
-    _check_positions("rope_attention", positions, "k", k)
-    if cu_seqlens is None:
-        return
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
-        given = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        raise ValueError(f"rope_attention: cu_seqlens is {given}; it needs to be (num_sequences + 1,) torch.int32.")
-    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
-        given = f"q is {tuple(q.shape)} and k {tuple(k.shape)}"
-        raise ValueError(f"rope_attention: cu_seqlens packs sequences of queries and keys alike into B = 1; {given}.")
-    if checks.may_read(cu_seqlens):
-        _sequence_lengths(cu_seqlens, q.shape[1])
 
 
 def _check_positions(operator: str, positions: Tensor, name: str, x: Tensor) -> None:
@@ -193,7 +179,6 @@ class RopeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, positions, theta, causal, cu_seqlens, scale, backend):
-        q, k, v, positions = q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous()
         numbers = (theta, causal, scale, backend)
         out, lse = rope_attention_forward(q, k, v, positions, cu_seqlens, *numbers)
         ctx.save_for_backward(q, k, v, positions, cu_seqlens, out, lse)
@@ -203,12 +188,25 @@ class RopeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        grads = rope_attention_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+        grads = rope_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
         return *grads, None, None, None, None, None, None
 
 
+def _cpp_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> list[str]:
+    return cpp_refusals(q, k, v, causal, cu_seqlens, scale)
+
+
+def _cpp_forward(q, k, v, positions, cu_seqlens, theta, causal, scale) -> tuple[Tensor, Tensor]:
+    return cpp_forward(q, k, v, cu_seqlens, causal, scale, positions, theta, "rope_attention")
+
+
+def _cpp_backward(grad_out, q, k, v, positions, cu_seqlens, out, lse, theta, causal, scale) -> tuple[Tensor, ...]:
+    given = (grad_out, q, k, v, cu_seqlens, out, lse, causal, scale)
+    return cpp_backward(*given, positions, theta, "rope_attention")
+
+
 # In order of preference.
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 
 def _torch_forward(q, k, v, positions, cu_seqlens, theta, causal, scale):
@@ -224,17 +222,12 @@ def _torch_backward(grad_out, q, k, v, positions, cu_seqlens, out, lse, theta, c
     )
 
 
-def _fake_forward(q, k, v, positions, cu_seqlens, theta, causal, scale, backend):
-    batch, num_queries, num_heads, _ = q.shape
-    return torch.empty_like(q), statistics(q, (batch, num_heads, num_queries), backend)
-
-
 rope_attention_forward = define(
     "rope_attention_forward(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? cu_seqlens, float theta,"
     " bool causal, float scale, str backend) -> (Tensor out, Tensor lse)",
     KERNELS,
     _torch_forward,
-    fake=_fake_forward,
+    fake=fake_forward,
 )
 rope_attention_backward = define(
     "rope_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? cu_seqlens,"
@@ -242,5 +235,5 @@ rope_attention_backward = define(
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     KERNELS,
     _torch_backward,
-    fake=lambda grad_out, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    fake=fake_backward,
 )

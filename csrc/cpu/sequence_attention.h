@@ -1,0 +1,234 @@
+// Attention of token sequences, for its forward and backward: what is attended to, and how it is packed for tile.h.
+// Read once per level.
+#include "cpu/rotary.h"
+
+namespace vlcore::VLCORE_LEVEL {
+
+// Work is split into parts that depend on the shapes alone, so that sums do not depend on the number of threads: about
+// kWantedParts where there are few heads, each of at least kTokensOfPart tokens.
+constexpr int64_t kWantedParts = 16;
+constexpr int64_t kTokensOfPart = 256;
+// Below this number of scores times head_dim, waking a thread costs more than it brings.
+constexpr int64_t kParallelWork = 1 << 16;
+
+// Queries [first_query, + queries) of a row of the batch attend to its keys [first_key, + keys).
+struct Sequence {
+  int64_t row, first_query, queries, first_key, keys;
+};
+
+// One call of the operator; for the tensors see attention_forward in kernels.h.
+struct Attention {
+  Heads q, k, v;
+  const int64_t* positions;
+  const int32_t* bounds;
+  int64_t batch, queries, keys, heads, kv_heads, head_dim, sequences;
+  double theta;
+  bool causal;
+  float scale;
+
+  int64_t group() const { return heads / std::max<int64_t>(kv_heads, 1); }
+  bool parallel() const {
+    return batch * heads * queries * keys / std::max<int64_t>(sequences, 1) * head_dim >= kParallelWork;
+  }
+  // Parts of a sequence's queries or keys.
+  int64_t parts(int64_t tokens) const {
+    const int64_t wanted = (kWantedParts + sequences * kv_heads - 1) / std::max<int64_t>(sequences * kv_heads, 1);
+    return std::min(wanted, std::max<int64_t>(tokens / kTokensOfPart, 1));
+  }
+  Sequence sequence(int64_t index) const {
+    if (!bounds) return {index, 0, queries, 0, keys};
+    const int64_t first = bounds[index], count = bounds[index + 1] - first;
+    return {0, first, count, first, count};
+  }
+  int64_t longest(int64_t tokens) const {
+    int64_t most = bounds ? 0 : tokens;
+    for (int64_t index = 0; bounds && index < sequences; ++index) most = std::max(most, sequence(index).keys);
+    return most;
+  }
+};
+
+// Cosines and sines of all positions, or nothing where there is no rotation.
+class RotaryTables {
+ public:
+  explicit RotaryTables(const Attention& call)
+      : half_(call.head_dim / 2), tables_(call.positions ? 2 * call.batch * call.keys * half_ : 0) {
+    if (!call.positions) return;
+    const std::vector<float> frequencies = rotary_frequencies(call.theta, call.head_dim);
+#pragma omp parallel for if (call.parallel())
+    for (int64_t index = 0; index < call.batch * call.keys; ++index) {
+      float* to = tables_.data() + 2 * index * half_;
+      rotary_angles(call.positions[index], frequencies, to, to + half_);
+    }
+  }
+
+  // to (2 * half) = factor * from, turned by the position at `index` of (batch * keys), or turned back.
+  template <typename T, typename O>
+  void turn(const T* from, int64_t index, float direction, float factor, int64_t size, O* to) const {
+    if (!tables_.empty()) {
+      const float* cosines = tables_.data() + 2 * index * half_;
+      rotate(from, cosines, cosines + half_, half_, direction, factor, to);
+    } else {
+      scale_row(from, factor, size, to);
+    }
+  }
+
+  template <typename T, typename O>
+  static void scale_row(const T* from, float factor, int64_t size, O* to) {
+    for_vecs(size,
+             [&](int64_t at, auto lanes) VLCORE_INLINED { store(to + at, load(from + at, lanes) * factor, lanes); });
+  }
+
+ private:
+  int64_t half_;
+  std::vector<float> tables_;
+};
+
+template <typename T>
+VLCORE_INLINE const T* row_of(const Heads& tensor, int64_t row, int64_t token, int64_t head) {
+  return static_cast<const T*>(tensor.data) + row * tensor.batch_stride + token * tensor.token_stride +
+         head * tensor.head_stride;
+}
+
+// Scores are kept in natural units. In float32 the scale goes into the queries, so that a query that sees one key finds
+// in its backward the very score that is its lse; bfloat16 queries would lose by it, unless the scale turns scores
+// round.
+template <typename O>
+struct Scaling {
+  explicit Scaling(float scale)
+      : of_queries(!std::is_same_v<O, float> && scale > 0.f ? 1.f : scale),
+        of_scores(!std::is_same_v<O, float> && scale > 0.f ? scale : 1.f) {}
+
+  Vec scaled(Vec scores) const {
+    if constexpr (std::is_same_v<O, float>) return scores;
+    return scores * of_scores;
+  }
+  // e^(scaled score - shift); to 8e-5 of it where it is rounded to bfloat16.
+  template <typename Shift>
+  Vec probability(Vec scores, Shift shift) const {
+#if defined(VLCORE_BF16_DOT)
+    if constexpr (std::is_same_v<O, bfloat16>) {
+      const Vec x = scores * (of_scores * kLog2E) - shift * kLog2E;
+      const Vec fraction = (Vec)_mm512_reduce_ps((__m512)x, 0x09);
+      Vec p = broadcast(7.802452118e-2f);
+      p = p * fraction + 2.260671575e-1f;
+      p = p * fraction + 6.958335398e-1f;
+      p = p * fraction + 9.999252186e-1f;
+      return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+    }
+#endif
+    return exp(scores - shift);
+  }
+
+  const float of_queries, of_scores;
+};
+
+// Rows of heads are brought to matrices of operands, whose rows are as long as whole panels and end in zeros.
+template <typename T>
+struct Rows {
+  using O = Operand<T>;
+  const Attention& call;
+  const RotaryTables& tables;
+  const Scaling<O> scaling{call.scale};
+  const int64_t stride = padded_cols<O>(call.head_dim);
+
+  void queries(const Sequence& at, int64_t head, int64_t first, int64_t count, O* to) const {
+    const int64_t behind = call.keys - call.queries;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t token = at.first_query + first + row;
+      tables.turn(row_of<T>(call.q, at.row, token, head), at.row * call.keys + behind + token, 1.f, scaling.of_queries,
+                  call.head_dim, to + row * stride);
+    }
+  }
+  void keys(const Sequence& at, int64_t head, int64_t first, int64_t count, O* to) const {
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t token = at.first_key + first + row;
+      tables.turn(row_of<T>(call.k, at.row, token, head), at.row * call.keys + token, 1.f, 1.f, call.head_dim,
+                  to + row * stride);
+    }
+  }
+  // Without rotation.
+  void plain(const Heads& tensor, int64_t batch_row, int64_t first, int64_t head, int64_t count, O* to) const {
+    for (int64_t row = 0; row < count; ++row) {
+      RotaryTables::scale_row(row_of<T>(tensor, batch_row, first + row, head), 1.f, call.head_dim, to + row * stride);
+    }
+  }
+  Heads like_queries(const T* contiguous) const {
+    return {contiguous, call.queries * call.heads * call.head_dim, call.heads * call.head_dim, call.head_dim};
+  }
+  void clear(int64_t first, int64_t end, O* to) const {
+    if (first < end) std::memset(static_cast<void*>(to + first * stride), 0, (end - first) * stride * sizeof(O));
+  }
+};
+
+// Swaps what `step` apart lies across the diagonal: done for 1, 2, 4, ... it transposes kLanes rows of kLanes units.
+template <int step>
+VLCORE_INLINE void swap_across(IntVec* rows) {
+  IntVec upper, lower;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) {
+    upper[lane] = lane & step ? kLanes + lane - step : lane;
+    lower[lane] = lane & step ? kLanes + lane : lane + step;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kLanes; ++row) {
+    if (row & step) continue;
+    const IntVec a = rows[row], b = rows[row + step];
+    rows[row] = __builtin_shuffle(a, b, upper);
+    rows[row + step] = __builtin_shuffle(a, b, lower);
+  }
+}
+
+// to[col][row] = from[row][col] for kLanes rows. Units of 32 bits: a float, or two bfloat16 that stay together. Reads
+// whole vectors, and writes one for each of `cols` columns.
+static void transpose_units(const void* from, int64_t from_stride, int64_t cols, void* to, int64_t to_stride) {
+  for (int64_t first = 0; first < cols; first += kLanes) {
+    IntVec rows[kLanes];
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      std::memcpy(&rows[row], static_cast<const int32_t*>(from) + row * from_stride + first, sizeof(IntVec));
+    }
+    swap_across<1>(rows);
+    swap_across<2>(rows);
+    if constexpr (kLanes > 4) swap_across<4 % kLanes>(rows);
+    if constexpr (kLanes > 8) swap_across<8 % kLanes>(rows);
+    const int64_t count = std::min<int64_t>(kLanes, cols - first);
+    for (int64_t col = 0; col < count; ++col) {
+      std::memcpy(static_cast<int32_t*>(to) + (first + col) * to_stride, &rows[col], sizeof(IntVec));
+    }
+  }
+}
+
+// A panel of columns, as pack_transposed of tile.h makes it, from kWidth rows with `depth` columns.
+template <typename O>
+static void panel_of_columns(const O* rows, int64_t stride, int64_t depth, O* panel) {
+  constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
+  for (int first = 0; first < kWidth; first += kLanes) {
+    transpose_units(rows + first * stride, stride / kGrain, padded_depth<O>(depth) / kGrain, panel + first * kGrain,
+                    kWidth);
+  }
+}
+
+// Panels of `depth` rows, as pack of tile.h makes them; a row after an odd last one is read and has to be zeros.
+template <typename O>
+static void panels_of_rows(const O* rows, int64_t stride, int64_t depth, int64_t cols, O* panels, int64_t panel_size) {
+  constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
+  for (int64_t first = 0; first < cols; first += kWidth, panels += panel_size) {
+    O* to = panels;
+    for (int64_t d = 0; d < depth; d += kGrain, to += kWidth * kGrain) {
+      const O* row = rows + d * stride + first;
+      for (int vec = 0; vec < kWidth; vec += kLanes) {
+        if constexpr (kGrain == 1) {
+          store(to + vec, load(row + vec));
+        } else {
+          HalfVec even, odd;
+          std::memcpy(&even, row + vec, sizeof even);
+          std::memcpy(&odd, row + stride + vec, sizeof odd);
+          const IntVec pairs = __builtin_convertvector(even, IntVec) | __builtin_convertvector(odd, IntVec) << 16;
+          std::memcpy(static_cast<void*>(to + vec * kGrain), &pairs, sizeof pairs);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace vlcore::VLCORE_LEVEL

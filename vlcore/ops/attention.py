@@ -1,0 +1,231 @@
+"""Softmax attention, softmax(q k^T * scale) v: causal, grouped, packed; and what operators that attend share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcore import native
+from vlcore.ops import checks
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    operator: str = "attention",
+) -> Tensor:
+    """The definition, which every kernel is tested against; `operator` is named where bounds do not fit."""
+    if cu_seqlens is None:
+        return _attend(q, k, v, causal, scale)
+    return _attend_packed(q, k, v, causal, scale, sequence_lengths(operator, cu_seqlens, q.shape[1]))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T * scale) v on (B, T, H, D); the last query stands at the last key."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    if causal and num_queries < num_keys:
+        causal = False
+        if num_queries > 1:
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+            mask = ones.tril(num_keys - num_queries)
+    # Comparing sizes that are symbols in a graph gives a bool only once a branch asks for it.
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        **grouped,
+    )
+    return out.transpose(1, 2)
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths: list[int]) -> Tensor:
+    """Each sequence of a packed row attends to itself; lengths that are alike enough go as one padded batch."""
+    longest = max(lengths, default=0)
+    if all(length == longest for length in lengths):
+        q, k, v = (x.reshape(len(lengths), longest, *x.shape[2:]) for x in (q, k, v))
+        return _attend(q, k, v, causal, scale).reshape(1, -1, *q.shape[2:])
+    if len(lengths) * longest > 2 * q.shape[1]:
+        parts = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
+        return torch.cat([_attend(q, k, v, causal, scale) for q, k, v in parts], 1)
+    real = torch.arange(longest, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+    place = real.flatten().nonzero()[:, 0]
+    q, k, v = (_scatter(x, place, len(lengths), longest) for x in (q, k, v))
+    # Padding stands after the real keys, where a causal query never looks.
+    out = _attend(q, k, v, causal, scale, None if causal else real[:, None, None])
+    return out.flatten(0, 1)[place][None]
+
+
+def _scatter(x: Tensor, place: Tensor, num_sequences: int, longest: int) -> Tensor:
+    """Rows of x (1, T, H, D) at their places in zeros (num_sequences, longest, H, D)."""
+    padded = x.new_zeros(num_sequences * longest, *x.shape[2:])
+    return padded.index_copy(0, place, x[0]).unflatten(0, (num_sequences, longest))
+
+
+def sequence_lengths(operator: str, cu_seqlens: Tensor, num_tokens: int) -> list[int]:
+    """The lengths of packed sequences, where their bounds fit."""
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    if not offsets or offsets[0] != 0 or offsets[-1] != num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(f"{operator}: cu_seqlens {offsets} must rise from 0 to the number of tokens, {num_tokens}.")
+    return lengths
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """Attend with heads next to each other, as projections give them: their views need no copies.
+
+    Args:
+        q: (B, Tq, Hq, D), float32, float16 or bfloat16; float64 on "torch".
+        k, v: (B, Tk, Hkv, D), of q's dtype, Tk >= Tq; Hq is a multiple of Hkv, and query head h reads key head
+            h // (Hq / Hkv).
+        causal: query i sees key j when j <= i + Tk - Tq.
+        cu_seqlens: (num_sequences + 1,) int32, from 0 to Tk: packs several sequences into B = 1, Tq = Tk, and
+            attention never crosses them. Its values are checked where they are on the CPU.
+        scale: of the scores; D^-1/2 unless given.
+        backend: "auto", "torch" or "cpp".
+
+    Returns:
+        (B, Tq, Hq, D), of q's dtype. The softmax is computed in float32.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
+    """
+    check("attention", q, k, v, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    arguments = (q, k, v, causal, cu_seqlens, scale)
+    backend = choose("attention", KERNELS, backend, *arguments)
+    if backend == TORCH and may_split(cu_seqlens):
+        return attention_reference(*arguments)
+    return apply(Attention, *arguments, backend)
+
+
+def check(operator: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    """What holds for every operator that attends; the values of cu_seqlens are looked at by what runs it."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.rank(operator, name, tensor, "B T H D")
+    checks.alike(operator, q=q, k=k, v=v)
+    checks.shape(operator, "k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), "q", q)
+    checks.shape(operator, "v", v, k.shape, "k", k)
+    checks.heads(operator, q, k)
+    if k.shape[1] < q.shape[1]:
+        raise ValueError(f"{operator}: {q.shape[1]} queries stand at the end of {k.shape[1]} keys: too few keys.")
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        given = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise ValueError(f"{operator}: cu_seqlens is {given}; it needs to be (num_sequences + 1,) torch.int32.")
+    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+        given = f"q is {tuple(q.shape)} and k {tuple(k.shape)}"
+        raise ValueError(f"{operator}: cu_seqlens packs sequences of queries and keys alike into B = 1; {given}.")
+
+
+def may_split(cu_seqlens: Tensor | None) -> bool:
+    """A graph cannot depend on the lengths of packed sequences: in it, they stay inside the torch op."""
+    return cu_seqlens is None or not torch.compiler.is_compiling()
+
+
+class Attention(torch.autograd.Function):
+    """`attention` through its torch ops; lse is the logarithm of each softmax's denominator, (B, Hq, Tq)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, cu_seqlens, scale, backend):
+        numbers = (causal, scale, backend)
+        out, lse = attention_forward(q, k, v, cu_seqlens, *numbers)
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
+        return *grads, None, None, None, None
+
+
+def cpp_forward(
+    q, k, v, cu_seqlens, causal, scale, positions=None, theta=1.0, operator="attention"
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel -> out, lse; it rotates q and k where there are positions."""
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    inputs, sizes = _cpp_arguments(q, k, v, cu_seqlens, positions, operator)
+    native.run_cpp("attention_forward", q.dtype, *inputs, out, lse, *sizes, theta, causal, scale)
+    return out, lse
+
+
+def cpp_backward(
+    grad_out, q, k, v, cu_seqlens, out, lse, causal, scale, positions=None, theta=1.0, operator="attention"
+) -> tuple[Tensor, ...]:
+    """-> grad_q, grad_k, grad_v."""
+    grads = tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+    inputs, sizes = _cpp_arguments(q, k, v, cu_seqlens, positions, operator)
+    given = (grad_out.contiguous(), *inputs, out, lse, *grads)
+    native.run_cpp("attention_backward", q.dtype, *given, *sizes, theta, causal, scale)
+    return grads
+
+
+def _cpp_arguments(q, k, v, cu_seqlens, positions, operator) -> tuple[tuple, tuple]:
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        sequences = len(sequence_lengths(operator, cu_seqlens, q.shape[1]))
+        cu_seqlens = cu_seqlens.contiguous()
+    if positions is not None:
+        positions = positions.long().contiguous()
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], sequences)
+    return (*map(native.Strided.of, (q, k, v)), positions, cu_seqlens), sizes
+
+
+def cpp_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
+    elsewhere = cu_seqlens is not None and cu_seqlens.device.type != "cpu"
+    return native.cpp_refusals(q) + ["it reads cu_seqlens on the CPU only"] * elsewhere
+
+
+# In order of preference.
+KERNELS = {"cpp": Kernel(cpp_forward, cpp_backward, cpp_refusals)}
+
+
+def _torch_forward(q, k, v, cu_seqlens, causal, scale):
+    return attention_reference(q, k, v, causal, cu_seqlens, scale).contiguous(), statistics(q, (), TORCH)
+
+
+def _torch_backward(grad_out, q, k, v, cu_seqlens, out, lse, causal, scale):
+    return gradients(lambda q, k, v: attention_reference(q, k, v, causal, cu_seqlens, scale), (q, k, v), grad_out)
+
+
+def fake_forward(q, k, v, *rest):
+    return q.new_empty(q.shape), statistics(q, (q.shape[0], q.shape[2], q.shape[1]), rest[-1])
+
+
+def fake_backward(grad_out, q, k, v, *rest):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+
+
+attention_forward = define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale, str backend)"
+    " -> (Tensor out, Tensor lse)",
+    KERNELS,
+    _torch_forward,
+    fake=fake_forward,
+)
+attention_backward = define(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor out, Tensor lse,"
+    " bool causal, float scale, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    KERNELS,
+    _torch_backward,
+    fake=fake_backward,
+)
