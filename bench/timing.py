@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 WARM_UP = 2
-# A slow function is timed a few times, a fast one until this has passed.
+# A slow function is timed a few times, a fast one until this has passed, in turns of this length each: a turn of one
+# fast call would mostly show what the others did to the caches and the threads.
 SECONDS, FEWEST, MOST = 1.0, 3, 50
+TURN = 0.01
 
 
 def machine(device: str) -> str:
@@ -30,17 +32,20 @@ def medians(functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Seconds of each function: they take turns, so that whatever else the machine does falls on all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(WARM_UP):
-        slowest = max(_time(function) for function in functions.values())
-    for _ in range(min(max(int(SECONDS / slowest), FEWEST), MOST)):
+        once = {name: _time(function) for name, function in functions.items()}
+    calls = {name: max(1, min(int(TURN / time), MOST)) for name, time in once.items()}
+    turn = sum(calls[name] * time for name, time in once.items())
+    for _ in range(min(max(int(SECONDS * len(functions) / turn), FEWEST), MOST)):
         for name, function in functions.items():
-            seconds[name].append(_time(function))
+            seconds[name].append(_time(function, calls[name]) / calls[name])
     return {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
 
 
-def _time(function: Callable[[], object]) -> float:
+def _time(function: Callable[[], object], calls: int = 1) -> float:
     _wait()
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     _wait()
     return time.perf_counter() - start
 
