@@ -28,12 +28,8 @@ static void add_rms_norm_forward(const void* x, const void* residual, const void
 #pragma omp parallel for if (rows * cols >= kParallelElements)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = row * cols;
-    const T *first = static_cast<const T*>(x) + at, *second = static_cast<const T*>(residual) + at;
     T* sum = static_cast<T*>(total) + at;
-    // What is normalised is the sum as rounded: what the next layer adds to is what this one saw.
-    for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
-      store(sum + col, load(first + col, lanes) + load(second + col, lanes), lanes);
-    });
+    add_row(static_cast<const T*>(x) + at, static_cast<const T*>(residual) + at, sum, cols);
     rstd[row] = rms_norm_row<T>(sum, static_cast<const T*>(weight), static_cast<T*>(y) + at, cols, eps);
   }
 }

@@ -18,6 +18,13 @@ static float rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float
   return rstd;
 }
 
+// What is normalised is the sum as rounded: what the next layer adds to is what this one saw.
+template <typename T>
+static void add_row(const T* x, const T* residual, T* total, int64_t cols) {
+  for_vecs(cols, [&](int64_t col, auto lanes)
+                     VLCORE_INLINED { store(total + col, load(x + col, lanes) + load(residual + col, lanes), lanes); });
+}
+
 // With x_hat = x * rstd and g = grad_y * weight: grad_x = (g - x_hat * mean(g * x_hat)) * rstd, and what `extra` holds
 // is added to it where it is not null. Adds grad_y * x_hat to grad_weight.
 template <typename T>

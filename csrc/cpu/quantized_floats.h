@@ -110,21 +110,26 @@ static void outputs_of_all_rows(const Inputs& from, const uint8_t* values, int64
   }
 }
 
-// Rows of x as float32; groups and bits of the weights that it will be multiplied by.
+// Rows of x as float32.
 template <typename T>
 class QuantizedRows {
  public:
-  QuantizedRows(const T* x, int64_t rows, int64_t inputs, int64_t groups, int bits)
+  // groups and bits of the weights that the rows will be multiplied by.
+  QuantizedRows(int64_t rows, int64_t inputs, int64_t groups, int bits)
       : rows_(rows),
+        inputs_(inputs),
         groups_(groups),
         columns_(bits == 8 ? 1 : 2),
         bytes_((inputs + columns_ - 1) / columns_),
         odd_(round_up(bytes_, kLanes)),
-        wide_(rows * odd_ * columns_) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < inputs; ++column) {
+        wide_(rows * odd_ * columns_) {}
+
+  // Takes x (rows, inputs).
+  void read(const T* x) {
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t column = 0; column < inputs_; ++column) {
         const int64_t place = (row * columns_ + column % columns_) * odd_ + column / columns_;
-        wide_[place] = static_cast<float>(x[row * inputs + column]);
+        wide_[place] = static_cast<float>(x[row * inputs_ + column]);
       }
     }
   }
@@ -152,7 +157,7 @@ class QuantizedRows {
     while (at < end) block(std::integral_constant<int, 1>{});
   }
 
-  int64_t rows_, groups_, columns_, bytes_, odd_;
+  int64_t rows_, inputs_, groups_, columns_, bytes_, odd_;
   std::vector<float> wide_;
 };
 

@@ -8,6 +8,9 @@ constexpr int64_t kStep = 64;
 // as many, of at most 8 and 128). On the way there a sum may wrap around, and does no harm.
 constexpr int64_t kMaxSteps = 1 << 14;
 
+// How far ahead of the multiplication the weight is asked for.
+constexpr int64_t kPrefetched = 2048;
+
 // Rows of x as integers: x = unit * (digits[last] + digits[last - 1] / 256 + ...), the digits in -127..127 or
 // -128..127, so that the largest x of the row has 127 for its last. Three hold any bfloat16 to 2^-24 of the largest,
 // which leaves most of its bits to what is a thousandth of that; a float32 needs four.
@@ -17,21 +20,25 @@ constexpr int64_t kMaxSteps = 1 << 14;
 template <typename T>
 class QuantizedRows {
  public:
-  // x (rows, inputs); groups and bits of the weights that it will be multiplied by.
-  QuantizedRows(const T* x, int64_t rows, int64_t inputs, int64_t groups, int bits)
+  // groups and bits of the weights that the rows will be multiplied by.
+  QuantizedRows(int64_t rows, int64_t inputs, int64_t groups, int bits)
       : rows_(rows),
+        inputs_(inputs),
         halves_(bits == 8 ? 1 : 2),
         bytes_((inputs + halves_ - 1) / halves_),
         groups_(groups),
         group_lanes_(groups == 1 ? 0 : bytes_ / groups / 4),
         steps_((bytes_ + kStep - 1) / kStep),
         segment_steps_(groups == 1 ? kMaxSteps : std::max<int64_t>(bytes_ / groups / kStep, 1)),
-        digits_size_(steps_ * halves_ * kDigits * kStep),
-        starts_size_((steps_ + segment_steps_ - 1) / segment_steps_ * kDigits * kLanes),
+        digits_size_(steps_ * halves_ * kDigits),
+        starts_size_((steps_ + segment_steps_ - 1) / segment_steps_ * kDigits),
         units_(rows),
         digits_(rows * digits_size_),
-        starts_(rows * starts_size_) {
-    for (int64_t row = 0; row < rows; ++row) split(x + row * inputs, inputs, row);
+        starts_(rows * starts_size_) {}
+
+  // Takes x (rows, inputs).
+  void read(const T* x) {
+    for (int64_t row = 0; row < rows_; ++row) split(x + row * inputs_, row);
   }
 
   // y (rows, outputs) in its columns [begin, end), for a weight (outputs, bytes) with scales (outputs, groups).
@@ -45,10 +52,10 @@ class QuantizedRows {
   static constexpr int kDigits = std::is_same_v<T, float> ? 4 : 3;
   using Outputs = void (QuantizedRows::*)(const uint8_t*, const float*, const T*, T*, int64_t, int64_t, int64_t) const;
 
-  void split(const T* x, int64_t inputs, int64_t row) {
+  void split(const T* x, int64_t row) {
     Vec magnitudes = {};
     bool finite = true;
-    for_vecs(inputs, [&](int64_t at, auto lanes) VLCORE_INLINED {
+    for_vecs(inputs_, [&](int64_t at, auto lanes) VLCORE_INLINED {
       const Vec value = load(x + at, lanes);
       magnitudes = maximum((Vec)_mm512_abs_ps((__m512)value), magnitudes);
       finite &= _mm512_cmp_ps_mask((__m512)(value - value), _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
@@ -60,11 +67,11 @@ class QuantizedRows {
     const float inverse = finite && largest > 1e-30f ? top / largest : 0.f;
     const IntVec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
     const auto integers = [&](int64_t column) {
-      const int64_t count = inputs - column;
+      const int64_t count = inputs_ - column;
       const Vec value = count >= kLanes ? load(x + column) : count > 0 ? load_first(x + column, count) : Vec{};
       return (IntVec)_mm512_cvtps_epi32((__m512)(value * inverse));
     };
-    int8_t* to = digits_.data() + row * digits_size_;
+    int8_t* to = digits_of(row);
     for (int64_t byte = 0; byte < steps_ * kStep; byte += kLanes) {
       // Where two columns share a byte, the even ones are one vector and the odd ones another.
       IntVec first = inverse ? integers(byte * halves_) : IntVec{}, second = {};
@@ -77,7 +84,7 @@ class QuantizedRows {
       store_digits(first, place);
       if (halves_ == 2) store_digits(second, place + kDigits * kStep);
     }
-    set_starts(to, starts_.data() + row * starts_size_);
+    set_starts(to, starts_of(row));
   }
 
   static void store_digits(IntVec value, int8_t* to) {
@@ -90,6 +97,7 @@ class QuantizedRows {
 
   void set_starts(const int8_t* digits, int32_t* starts) {
     const __m512i ones = _mm512_set1_epi8(1);
+    std::fill(starts, starts + starts_size_ * kLanes, 0);
     for (int64_t step = 0; step < steps_ * halves_; ++step) {
       for (int digit = 0; digit < kDigits; ++digit) {
         int32_t* start = starts + (step / halves_ / segment_steps_ * kDigits + digit) * kLanes;
@@ -135,25 +143,40 @@ class QuantizedRows {
   VLCORE_INLINED float dot(const uint8_t* weight, const float* scales, int64_t row) const {
     constexpr int64_t kSteps = kGroupLanes == 0 ? kMaxSteps : kGroupLanes == 32 ? 2 : 1;
     constexpr int64_t kScales = kGroupLanes == 4 ? 4 : kGroupLanes == 8 ? 2 : 1;
-    const int8_t* digits = digits_.data() + row * digits_size_;
-    const int32_t* starts = starts_.data() + row * starts_size_;
+    const int8_t* digits = digits_of(row);
+    const int32_t* starts = starts_of(row);
     const int64_t whole = bytes_ / kStep;
     Vec total = {};
     const auto segment = [&](int64_t first, int64_t last, __mmask64 rest, __mmask8 kept) VLCORE_INLINED {
       const int64_t index = first / kSteps;
-      IntVec sums[kDigits];
+      // Two chains of sums, for a multiplication not to wait for the one before it.
+      IntVec sums[2][kDigits] = {};
 #pragma GCC unroll 4
       for (int digit = 0; digit < kDigits; ++digit) {
-        sums[digit] = (IntVec)_mm512_loadu_si512(starts + (index * kDigits + digit) * kLanes);
+        sums[0][digit] = (IntVec)_mm512_loadu_si512(starts + (index * kDigits + digit) * kLanes);
       }
-      for (int64_t step = first; step < last; ++step) {
-        add_step<kHalves>(_mm512_loadu_si512(weight + step * kStep), digits + step * kHalves * kDigits * kStep, sums);
-      }
-      if (rest) {
-        const __m512i bytes = _mm512_maskz_loadu_epi8(rest, weight + last * kStep);
-        add_step<kHalves>(bytes, digits + last * kHalves * kDigits * kStep, sums);
-      }
-      total += value_of(sums) * scales_of<kGroupLanes>(scales + index * kScales, kept);
+      const auto step = [&](__m512i bytes, int64_t at, int chain) VLCORE_INLINED {
+        const int8_t* x = digits + at * kHalves * kDigits * kStep;
+        if constexpr (kHalves == 1) {
+          multiply_bytes(_mm512_xor_si512(bytes, _mm512_set1_epi8(-128)), x, sums[chain]);
+        } else {
+          const __m512i nibbles = _mm512_set1_epi8(15);
+          multiply_bytes(_mm512_and_si512(bytes, nibbles), x, sums[0]);
+          multiply_bytes(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibbles), x + kDigits * kStep, sums[1]);
+        }
+      };
+      const auto read = [&](int64_t at) VLCORE_INLINED {
+        // Multiplying takes long enough that loads do not run far ahead by themselves.
+        __builtin_prefetch(weight + at * kStep + kPrefetched);
+        return _mm512_loadu_si512(weight + at * kStep);
+      };
+      int64_t at = first;
+      for (; at + 2 <= last; at += 2) step(read(at), at, 0), step(read(at + 1), at + 1, 1);
+      if (at < last) step(read(at), at, 0);
+      if (rest) step(_mm512_maskz_loadu_epi8(rest, weight + last * kStep), last, 0);
+#pragma GCC unroll 4
+      for (int digit = 0; digit < kDigits; ++digit) sums[0][digit] += sums[1][digit];
+      total += value_of(sums[0]) * scales_of<kGroupLanes>(scales + index * kScales, kept);
     };
     int64_t first = 0;
     for (; first + kSteps <= whole; first += kSteps) segment(first, first + kSteps, 0, (1 << kScales) - 1);
@@ -164,22 +187,11 @@ class QuantizedRows {
     return reduce_add(total) * (kGroupLanes == 0 ? scales[0] : 1.f);
   }
 
-  template <int kHalves>
-  VLCORE_INLINED static void add_step(__m512i bytes, const int8_t* digits, IntVec* sums) {
-    const __m512i nibbles = _mm512_set1_epi8(15);
-    const __m512i first =
-        kHalves == 1 ? _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)) : _mm512_and_si512(bytes, nibbles);
+  VLCORE_INLINED static void multiply_bytes(__m512i weight, const int8_t* digits, IntVec* sums) {
 #pragma GCC unroll 4
     for (int digit = 0; digit < kDigits; ++digit) {
       const __m512i x = _mm512_loadu_si512(digits + digit * kStep);
-      sums[digit] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[digit], first, x);
-    }
-    if (kHalves == 1) return;
-    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibbles);
-#pragma GCC unroll 4
-    for (int digit = 0; digit < kDigits; ++digit) {
-      const __m512i x = _mm512_loadu_si512(digits + (kDigits + digit) * kStep);
-      sums[digit] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[digit], second, x);
+      sums[digit] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[digit], weight, x);
     }
   }
 
@@ -202,10 +214,23 @@ class QuantizedRows {
     return (Vec)_mm512_permutexvar_ps((__m512i)place, few);
   }
 
-  int64_t rows_, halves_, bytes_, groups_, group_lanes_, steps_, segment_steps_, digits_size_, starts_size_;
+  // Loads that straddle two cache lines would take most of the time.
+  struct alignas(kStep) Digits {
+    int8_t of_columns[kStep];
+  };
+  struct alignas(kStep) Start {
+    int32_t of_lanes[kLanes];
+  };
+
+  int8_t* digits_of(int64_t row) { return digits_[row * digits_size_].of_columns; }
+  const int8_t* digits_of(int64_t row) const { return digits_[row * digits_size_].of_columns; }
+  int32_t* starts_of(int64_t row) { return starts_[row * starts_size_].of_lanes; }
+  const int32_t* starts_of(int64_t row) const { return starts_[row * starts_size_].of_lanes; }
+
+  int64_t rows_, inputs_, halves_, bytes_, groups_, group_lanes_, steps_, segment_steps_, digits_size_, starts_size_;
   std::vector<float> units_;
-  std::vector<int8_t> digits_;
-  std::vector<int32_t> starts_;
+  std::vector<Digits> digits_;
+  std::vector<Start> starts_;
 };
 
 }  // namespace vlcore::VLCORE_LEVEL

@@ -20,7 +20,8 @@ namespace vlcore::VLCORE_LEVEL {
 template <typename T>
 static void quantized_linear_forward(const void* x, const void* values, const float* scales, const void* bias, void* y,
                                      int64_t rows, int64_t outputs, int64_t inputs, int64_t groups, int bits) {
-  const QuantizedRows<T> from(static_cast<const T*>(x), rows, inputs, groups, bits);
+  QuantizedRows<T> from(rows, inputs, groups, bits);
+  from.read(static_cast<const T*>(x));
 #pragma omp parallel for schedule(static) if (outputs * inputs >= kParallelWeights)
   for (int64_t first = 0; first < outputs; first += kOutputBlock) {
     from.multiply(static_cast<const uint8_t*>(values), scales, static_cast<const T*>(bias), static_cast<T*>(y), outputs,

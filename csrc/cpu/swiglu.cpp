@@ -16,15 +16,11 @@ void swiglu_backward(const void* grad_y, const void* gate, const void* up, void*
 }  // namespace vlcore
 
 #else
+#include "cpu/swiglu_row.h"
+
 namespace vlcore::VLCORE_LEVEL {
 
 constexpr int64_t kBlock = 1 << 13;
-
-// Clamped so that 2^x stays finite: what is left of the sigmoid there is 0 in float32 anyway.
-VLCORE_INLINE Vec sigmoid(Vec x) {
-  const Vec power = x * -kLog2E;
-  return 1.f / (1.f + exp2(power > 126.f ? broadcast(126.f) : power));
-}
 
 template <typename T>
 static void swiglu_forward(const void* gate, const void* up, void* y, int64_t size) {
@@ -32,10 +28,7 @@ static void swiglu_forward(const void* gate, const void* up, void* y, int64_t si
   for (int64_t first = 0; first < size; first += kBlock) {
     const T *g = static_cast<const T*>(gate) + first, *u = static_cast<const T*>(up) + first;
     T* to = static_cast<T*>(y) + first;
-    for_vecs(std::min(kBlock, size - first), [&](int64_t at, auto lanes) VLCORE_INLINED {
-      const Vec value = load(g + at, lanes);
-      store(to + at, value * sigmoid(value) * load(u + at, lanes), lanes);
-    });
+    swiglu_row(g, u, to, std::min(kBlock, size - first));
   }
 }
 
