@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include <tuple>
+#include <utility>
 
 #include "kernels.h"
 
@@ -8,8 +9,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Tensors cross as addresses (Tensor.data_ptr()), so this extension needs no torch to build and fits every torch; a
-// target crosses as two numbers, which the caller appends.
+// Tensors cross as their addresses, which their method data_ptr() tells, and None as null: so this extension needs no
+// torch to build and fits every torch. A target crosses as two numbers, which the caller appends.
 template <typename T>
 struct Crossing {
   using Given = T;
@@ -18,8 +19,14 @@ struct Crossing {
 
 template <typename T>
 struct Crossing<T*> {
-  using Given = uintptr_t;
-  static T* take(uintptr_t address) { return reinterpret_cast<T*>(address); }
+  using Given = py::handle;
+  static T* take(py::handle tensor) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    if (tensor.is_none()) return nullptr;
+    const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
+    if (!address) throw py::error_already_set();
+    return static_cast<T*>(PyLong_AsVoidPtr(address.ptr()));
+  }
 };
 
 template <>
@@ -32,18 +39,19 @@ struct Crossing<vlcore::Target> {
 
 template <>
 struct Crossing<vlcore::Heads> {
-  using Given = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  using Given = std::tuple<py::handle, int64_t, int64_t, int64_t>;
   static vlcore::Heads take(Given given) {
-    const auto [address, batch_stride, token_stride, head_stride] = given;
-    return {reinterpret_cast<const void*>(address), batch_stride, token_stride, head_stride};
+    const auto [tensor, batch_stride, token_stride, head_stride] = given;
+    return {Crossing<const void*>::take(tensor), batch_stride, token_stride, head_stride};
   }
 };
 
 template <typename... Arguments>
 void bind(py::module_& m, const char* name, void (*kernel)(Arguments...)) {
   m.def(name, [kernel](typename Crossing<Arguments>::Given... given) {
+    const std::tuple<Arguments...> taken{Crossing<Arguments>::take(given)...};
     py::gil_scoped_release unlocked;
-    kernel(Crossing<Arguments>::take(given)...);
+    std::apply(kernel, taken);
   });
 }
 

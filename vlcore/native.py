@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,27 +23,15 @@ level: int = cpp.best_level() if cpp else 0
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class Strided(NamedTuple):
-    """A tensor that goes to a kernel with its strides, but for the last, which is 1."""
-
-    tensor: Tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Strided":
-        return cls(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
-
-
 def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
-    """Call a function of the C++ extension for tensors of a dtype; tensors go to it as their addresses, None as 0."""
-    getattr(cpp, kernel)(*map(_crossing, args), (_DTYPES[dtype], level))
+    """Call a function of the C++ extension for tensors of a dtype; None crosses as a null pointer."""
+    getattr(cpp, kernel)(*args, (_DTYPES[dtype], level))
 
 
-def _crossing(arg):
-    if isinstance(arg, Tensor):
-        return arg.data_ptr()
-    if isinstance(arg, Strided):
-        return arg.tensor.data_ptr(), *arg.tensor.stride()[:-1]
-    return 0 if arg is None else arg
+def strided(tensor: Tensor) -> tuple:
+    """A tensor as a kernel takes one that need not be contiguous: with its strides, but for the last, which is 1."""
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor, *tensor.stride()[:-1]
 
 
 def cpp_refusals(x: Tensor) -> list[str]:

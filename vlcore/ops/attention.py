@@ -187,7 +187,7 @@ def _cpp_arguments(q, k, v, cu_seqlens, positions, operator) -> tuple[tuple, tup
     if positions is not None:
         positions = positions.long().contiguous()
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], sequences)
-    return (*map(native.Strided.of, (q, k, v)), positions, cu_seqlens), sizes
+    return (*map(native.strided, (q, k, v)), positions, cu_seqlens), sizes
 
 
 def cpp_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:

@@ -22,13 +22,18 @@ def shape(operator: str, name: str, tensor: Tensor, expected: tuple, other_name:
 
 def alike(operator: str, **tensors: Tensor | None) -> None:
     """All must be of one floating dtype, on one device; those that are None are left out."""
-    (first_name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    if first.dtype not in FLOATING:
-        raise ValueError(f"{operator}: {first_name} is {first.dtype}; it needs to be one of {FLOATING}.")
-    for name, tensor in others:
-        if tensor.dtype != first.dtype:
-            raise ValueError(f"{operator}: {name} is {tensor.dtype} and {first_name} {first.dtype}; they must agree.")
-        on_device(operator, name, tensor, first_name, first)
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first_name, first, dtype, device = name, tensor, tensor.dtype, tensor.device
+            if dtype not in FLOATING:
+                raise ValueError(f"{operator}: {name} is {dtype}; it needs to be one of {FLOATING}.")
+        elif tensor.dtype != dtype:
+            raise ValueError(f"{operator}: {name} is {tensor.dtype} and {first_name} {dtype}; they must agree.")
+        elif tensor.device != device:
+            on_device(operator, name, tensor, first_name, first)
 
 
 def on_device(operator: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
