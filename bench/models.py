@@ -20,6 +20,7 @@ from vlcore.config import VLConfig, preset
 from vlcore.costs import head_flops, image_flops, llama_flops
 from vlcore.generate import KVCache
 from vlcore.models import DeepSeekVL
+from vlcore.native import prefer_huge_pages
 
 PROMPT = 640
 Run = Callable[[], Tensor]
@@ -73,10 +74,12 @@ def measure(case: EndToEnd, dtype: torch.dtype) -> Iterator[Measurement]:
 
 
 def random_model(config: VLConfig, dtype: torch.dtype, device: str) -> DeepSeekVL:
-    """A model of random weights in eval mode."""
+    """A model of random weights in eval mode, in memory as `from_pretrained` takes it."""
     with torch.device("meta"):
         model = DeepSeekVL(config).to(dtype)
     model = model.to_empty(device=device).eval()
+    for parameter in model.parameters():
+        prefer_huge_pages(parameter.detach())
     make_telling(model)
     return model
 

@@ -59,6 +59,7 @@ void bind(py::module_& m, const char* name, void (*kernel)(Arguments...)) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
+  bind(m, "prefer_huge_pages", vlcore::prefer_huge_pages);
   bind(m, "rms_norm_forward", vlcore::rms_norm_forward);
   bind(m, "rms_norm_backward", vlcore::rms_norm_backward);
   bind(m, "add_rms_norm_forward", vlcore::add_rms_norm_forward);

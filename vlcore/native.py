@@ -34,6 +34,14 @@ def strided(tensor: Tensor) -> tuple:
     return tensor, *tensor.stride()[:-1]
 
 
+def prefer_huge_pages(tensor: Tensor) -> Tensor:
+    """`tensor`, fresh and not yet written, on huge pages where the system has them: to be read again and again from
+    memory, a quarter faster."""
+    if cpp is not None and tensor.device.type == "cpu":
+        cpp.prefer_huge_pages(tensor, tensor.nbytes)
+    return tensor
+
+
 def cpp_refusals(x: Tensor) -> list[str]:
     """Why no C++ kernel can run a tensor like x."""
     if cpp is not None and x.device.type == "cpu" and x.dtype in _DTYPES:

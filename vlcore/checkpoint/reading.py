@@ -12,6 +12,7 @@ from vlcore import layouts
 from vlcore.layouts import Binding, StoredTensor
 from vlcore.models import DeepSeekVL, Llama
 from vlcore.models.layers import Linear
+from vlcore.native import prefer_huge_pages
 
 MOST_NAMED = 10  # keys that an error message lists before it only counts
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -153,7 +154,7 @@ def _materialize(model: nn.Module, dtypes: dict[str | None, torch.dtype], device
             if id(parameter) not in made:
                 dtype = dtypes[f"{module_name}.{name}".removeprefix(".")]
                 empty = torch.empty_like(parameter, dtype=dtype, device=device or "cpu")
-                made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                made[id(parameter)] = nn.Parameter(prefer_huge_pages(empty), parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
 
 
