@@ -46,6 +46,15 @@ struct Crossing<vlcore::Heads> {
   }
 };
 
+template <>
+struct Crossing<vlcore::Weight> {
+  using Given = std::tuple<py::handle, py::handle, int64_t, int>;
+  static vlcore::Weight take(Given given) {
+    const auto [values, scales, groups, bits] = given;
+    return {Crossing<const void*>::take(values), Crossing<const float*>::take(scales), groups, bits};
+  }
+};
+
 template <typename... Arguments>
 void bind(py::module_& m, const char* name, void (*kernel)(Arguments...)) {
   m.def(name, [kernel](typename Crossing<Arguments>::Given... given) {
@@ -80,4 +89,6 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "add_scaled_rows", vlcore::add_scaled_rows);
   bind(m, "cross_entropy_grad_hidden", vlcore::cross_entropy_grad_hidden);
   bind(m, "cross_entropy_grad_logits", vlcore::cross_entropy_grad_logits);
+
+  bind(m, "decode_block_forward", vlcore::decode_block_forward);
 }

@@ -125,4 +125,21 @@ void cross_entropy_grad_logits(const void* logits, const int64_t* labels, const 
                                const float* row_scale, void* grad_logits, int64_t grad_stride, int64_t first,
                                int64_t words, int64_t rows, Target target);
 
+// A weight (outputs, inputs) as linear takes it, where bits is 0, or as quantized_linear does.
+struct Weight {
+  const void* values;
+  const float* scales;
+  int64_t groups;
+  int bits;
+};
+
+// A whole LLaMA block for one token a row: x (batch, hidden) joins the stream residual, or begins it where that is
+// null; y is what the block gives, and total (batch, hidden) the stream that it is to join. Caches as above; q, k and v
+// are of one form, and so are gate and up.
+void decode_block_forward(const void* x, const void* residual, const void* attention_norm, const void* mlp_norm,
+                          Weight q, Weight k, Weight v, Weight o, Weight gate, Weight up, Weight down, void* key_cache,
+                          void* value_cache, const int64_t* lengths, void* y, void* total, int64_t batch,
+                          int64_t hidden, int64_t intermediate, int64_t row_stride, int64_t token_stride, int64_t heads,
+                          int64_t kv_heads, int64_t head_dim, double theta, float eps, Target target);
+
 }  // namespace vlcore

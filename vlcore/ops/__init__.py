@@ -3,6 +3,7 @@
 from vlcore.ops.add_rms_norm import add_rms_norm
 from vlcore.ops.attention import attention
 from vlcore.ops.decode_attention import decode_attention
+from vlcore.ops.decode_block import BlockWeights, decode_block
 from vlcore.ops.downsample_features import downsample_features
 from vlcore.ops.hybrid_adaptor import hybrid_adaptor
 from vlcore.ops.layer_norm import layer_norm
@@ -16,11 +17,13 @@ from vlcore.ops.swiglu import swiglu
 from vlcore.ops.window_attention import window_attention
 
 __all__ = [
+    "BlockWeights",
     "QuantizedWeight",
     "add_rms_norm",
     "apply_rope",
     "attention",
     "decode_attention",
+    "decode_block",
     "downsample_features",
     "hybrid_adaptor",
     "layer_norm",

@@ -55,3 +55,18 @@ def heads(operator: str, q: Tensor, k: Tensor) -> None:
     """q (B, T, Hq, D) and k (B, T, Hkv, D): each key head serves a whole number of query heads."""
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{operator}: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads.")
+
+
+def without_gradient(operator: str, *tensors: Tensor | None) -> None:
+    """For an operator that has no gradient: autograd may not be about to record it."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{operator} has no gradient, and one is asked for: call it under torch.no_grad().")
+
+
+def room(operator: str, lengths: Tensor, key_cache: Tensor) -> None:
+    """Each row's new token, at lengths (B,), must find a place in the cache (B, S, ...)."""
+    if may_read(lengths) and lengths.numel():
+        low, high = (int(bound) for bound in lengths.aminmax())
+        if low < 0 or high >= key_cache.shape[1]:
+            given = f"lengths from {low} to {high}"
+            raise ValueError(f"{operator}: {given} leave no room in a cache of {key_cache.shape[1]} tokens.")

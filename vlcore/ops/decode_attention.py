@@ -104,18 +104,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tens
     checks.on_device("decode_attention", "lengths", lengths, "q", q)
     if head_dim % 2:
         raise ValueError(f"decode_attention: rotary positions turn pairs; a head of {head_dim} is odd.")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, key_cache, value_cache)):
-        raise ValueError("decode_attention has no gradient, and one is asked for: call it under torch.no_grad().")
-    if checks.may_read(lengths) and batch:
-        low, high = (int(bound) for bound in lengths.aminmax())
-        if low < 0 or high >= key_cache.shape[1]:
-            given = f"lengths from {low} to {high}"
-            raise ValueError(f"decode_attention: {given} leave no room in a cache of {key_cache.shape[1]} tokens.")
+    checks.without_gradient("decode_attention", q, k, v, key_cache, value_cache)
+    checks.room("decode_attention", lengths, key_cache)
 
 
 def _cpp_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> list[str]:
+    return native.cpp_refusals(q) + cache_refusals(key_cache, value_cache)
+
+
+def cache_refusals(key_cache: Tensor, value_cache: Tensor) -> list[str]:
+    """Why no C++ kernel can read these caches."""
     fits = key_cache.stride() == value_cache.stride() and key_cache.stride()[2:] == (key_cache.shape[3], 1)
-    return native.cpp_refusals(q) + ["it needs caches whose tokens are contiguous, both alike"] * (not fits)
+    return ["it needs caches whose tokens are contiguous, both alike"] * (not fits)
 
 
 def _cpp_forward(q, k, v, key_cache, value_cache, lengths, theta, scale) -> Tensor:
