@@ -5,6 +5,7 @@ from vlcore.checkpoint import from_pretrained, save_pretrained
 from vlcore.config import VLConfig
 from vlcore.generate import generate
 from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.models.quantized import quantize
 from vlcore.processing import Processor
 
-__all__ = ["DeepSeekVL", "Processor", "VLConfig", "from_pretrained", "generate", "ops", "save_pretrained"]
+__all__ = ["DeepSeekVL", "Processor", "VLConfig", "from_pretrained", "generate", "ops", "quantize", "save_pretrained"]

@@ -19,7 +19,8 @@ from vlcore.processing.text_stream import TextStream
 class KVCache:
     """Rotated keys, and values, of every layer and row: what `Llama` attends with in place of plain attention.
 
-    `begin`, a forward over the prompts, then for each further token a forward of (batch, 1) and `advance`.
+    `begin`, a forward over the prompts, then for each further token the model's `decode`, or a forward of (batch, 1),
+    and `advance`.
 
     Attributes:
         keys, values: one (batch, capacity, num_kv_heads, head_dim) a layer.
@@ -214,7 +215,7 @@ def _answer(
             break
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        hidden = _decode(model, tokens, cache)
+        hidden = model.decode(tokens, cache.keys, cache.values, cache.lengths)
         # A row that has ended keeps writing to the slot behind its last token.
         cache.advance(running)
     return [text.text for text in texts]
@@ -233,12 +234,6 @@ def _prefill(model: DeepSeekVL, prompts: Batch, cache: KVCache) -> Tensor:
         return_logits=False,
     )
     return output.hidden[0, prompts.cu_seqlens[1:].long() - 1]
-
-
-def _decode(model: DeepSeekVL, tokens: Tensor, cache: KVCache) -> Tensor:
-    """One token (B,) a row -> its hidden states (B, D)."""
-    positions = cache.lengths[:, None]
-    return model(tokens[:, None], positions=positions, memory=cache, return_logits=False).hidden[:, 0]
 
 
 def _seen(prompts: Batch, image_id: int, vocab_size: int) -> Tensor:

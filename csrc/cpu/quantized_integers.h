@@ -8,8 +8,9 @@ constexpr int64_t kStep = 64;
 // as many, of at most 8 and 128). On the way there a sum may wrap around, and does no harm.
 constexpr int64_t kMaxSteps = 1 << 14;
 
-// How far ahead of the multiplication the weight is asked for.
-constexpr int64_t kPrefetched = 2048;
+// Rows of the weight that are multiplied at a time, and how far ahead they are asked for, at least.
+constexpr int64_t kWeightRows = 4;
+constexpr int64_t kPrefetched = 8192;
 
 // Rows of x as integers: x = unit * (digits[last] + digits[last - 1] / 256 + ...), the digits in -127..127 or
 // -128..127, so that the largest x of the row has 127 for its last. Three hold any bfloat16 to 2^-24 of the largest,
@@ -128,55 +129,67 @@ class QuantizedRows {
   template <int kHalves, int kGroupLanes>
   void all_outputs(const uint8_t* values, const float* scales, const T* bias, T* y, int64_t outputs, int64_t begin,
                    int64_t end) const {
-    for (int64_t output = begin; output < end; ++output) {
-      const float shift = bias ? static_cast<float>(bias[output]) : 0.f;
+    int64_t output = begin;
+    const auto several = [&](auto count) VLCORE_INLINED {
+      constexpr int kOutputs = decltype(count)::value;
       for (int64_t row = 0; row < rows_; ++row) {
-        const float sum = dot<kHalves, kGroupLanes>(values + output * bytes_, scales + output * groups_, row);
-        y[row * outputs + output] = convert<T>(sum * units_[row] + shift);
+        float sums[kOutputs];
+        dots<kHalves, kGroupLanes, kOutputs>(values + output * bytes_, scales + output * groups_, row, sums);
+        for (int index = 0; index < kOutputs; ++index) {
+          const float shift = bias ? static_cast<float>(bias[output + index]) : 0.f;
+          y[row * outputs + output + index] = convert<T>(sums[index] * units_[row] + shift);
+        }
       }
-    }
+      output += kOutputs;
+    };
+    while (output + kWeightRows <= end) several(std::integral_constant<int, kWeightRows>{});
+    while (output < end) several(std::integral_constant<int, 1>{});
   }
 
-  // One row of the weight times one of x. A group's scale holds for kGroupLanes lanes of the sums (32: for those of two
-  // steps; 0: for all of the row).
-  template <int kHalves, int kGroupLanes>
-  VLCORE_INLINED float dot(const uint8_t* weight, const float* scales, int64_t row) const {
+  // kOutputs rows of the weight times one of x. A group's scale holds for kGroupLanes lanes of the sums (32: for those
+  // of two steps; 0: for all of the row).
+  template <int kHalves, int kGroupLanes, int kOutputs>
+  VLCORE_INLINED void dots(const uint8_t* weight, const float* scales, int64_t row, float* results) const {
     constexpr int64_t kSteps = kGroupLanes == 0 ? kMaxSteps : kGroupLanes == 32 ? 2 : 1;
     constexpr int64_t kScales = kGroupLanes == 4 ? 4 : kGroupLanes == 8 ? 2 : 1;
     const int8_t* digits = digits_of(row);
     const int32_t* starts = starts_of(row);
     const int64_t whole = bytes_ / kStep;
-    Vec total = {};
+    // The same place of rows to come. Multiplying takes long enough that loads do not run far ahead by themselves.
+    const int64_t ahead = round_up(kPrefetched, kOutputs * bytes_);
+    Vec totals[kOutputs] = {};
     const auto segment = [&](int64_t first, int64_t last, __mmask64 rest, __mmask8 kept) VLCORE_INLINED {
       const int64_t index = first / kSteps;
-      // Two chains of sums, for a multiplication not to wait for the one before it.
-      IntVec sums[2][kDigits] = {};
+      IntVec sums[kOutputs][kDigits];
 #pragma GCC unroll 4
       for (int digit = 0; digit < kDigits; ++digit) {
-        sums[0][digit] = (IntVec)_mm512_loadu_si512(starts + (index * kDigits + digit) * kLanes);
-      }
-      const auto step = [&](__m512i bytes, int64_t at, int chain) VLCORE_INLINED {
-        const int8_t* x = digits + at * kHalves * kDigits * kStep;
-        if constexpr (kHalves == 1) {
-          multiply_bytes(_mm512_xor_si512(bytes, _mm512_set1_epi8(-128)), x, sums[chain]);
-        } else {
-          const __m512i nibbles = _mm512_set1_epi8(15);
-          multiply_bytes(_mm512_and_si512(bytes, nibbles), x, sums[0]);
-          multiply_bytes(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibbles), x + kDigits * kStep, sums[1]);
-        }
-      };
-      const auto read = [&](int64_t at) VLCORE_INLINED {
-        // Multiplying takes long enough that loads do not run far ahead by themselves.
-        __builtin_prefetch(weight + at * kStep + kPrefetched);
-        return _mm512_loadu_si512(weight + at * kStep);
-      };
-      int64_t at = first;
-      for (; at + 2 <= last; at += 2) step(read(at), at, 0), step(read(at + 1), at + 1, 1);
-      if (at < last) step(read(at), at, 0);
-      if (rest) step(_mm512_maskz_loadu_epi8(rest, weight + last * kStep), last, 0);
+        const IntVec start = (IntVec)_mm512_loadu_si512(starts + (index * kDigits + digit) * kLanes);
 #pragma GCC unroll 4
-      for (int digit = 0; digit < kDigits; ++digit) sums[0][digit] += sums[1][digit];
-      total += value_of(sums[0]) * scales_of<kGroupLanes>(scales + index * kScales, kept);
+        for (int output = 0; output < kOutputs; ++output) sums[output][digit] = start;
+      }
+      for (int64_t step = first; step < last; ++step) {
+        __m512i bytes[kOutputs];
+#pragma GCC unroll 4
+        for (int output = 0; output < kOutputs; ++output) {
+          const uint8_t* from = weight + output * bytes_ + step * kStep;
+          __builtin_prefetch(from + ahead, 0, 2);
+          bytes[output] = _mm512_loadu_si512(from);
+        }
+        add_step<kHalves, kOutputs>(bytes, digits + step * kHalves * kDigits * kStep, sums);
+      }
+      if (rest) {
+        __m512i bytes[kOutputs];
+#pragma GCC unroll 4
+        for (int output = 0; output < kOutputs; ++output) {
+          bytes[output] = _mm512_maskz_loadu_epi8(rest, weight + output * bytes_ + last * kStep);
+        }
+        add_step<kHalves, kOutputs>(bytes, digits + last * kHalves * kDigits * kStep, sums);
+      }
+#pragma GCC unroll 4
+      for (int output = 0; output < kOutputs; ++output) {
+        const Vec scale = scales_of<kGroupLanes>(scales + output * groups_ + index * kScales, kept);
+        totals[output] += value_of(sums[output]) * scale;
+      }
     };
     int64_t first = 0;
     for (; first + kSteps <= whole; first += kSteps) segment(first, first + kSteps, 0, (1 << kScales) - 1);
@@ -184,14 +197,31 @@ class QuantizedRows {
       const int64_t left = bytes_ % kStep, groups = std::min<int64_t>(groups_ - first / kSteps * kScales, kScales);
       segment(first, whole, left ? ~0ull >> (kStep - left) : 0, (1 << (kGroupLanes ? groups : 1)) - 1);
     }
-    return reduce_add(total) * (kGroupLanes == 0 ? scales[0] : 1.f);
+    for (int output = 0; output < kOutputs; ++output) {
+      results[output] = reduce_add(totals[output]) * (kGroupLanes == 0 ? scales[output] : 1.f);
+    }
   }
 
-  VLCORE_INLINED static void multiply_bytes(__m512i weight, const int8_t* digits, IntVec* sums) {
+  template <int kHalves, int kOutputs>
+  VLCORE_INLINED static void add_step(const __m512i* bytes, const int8_t* digits, IntVec (*sums)[kDigits]) {
+    const __m512i nibbles = _mm512_set1_epi8(15);
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half) {
+      __m512i values[kOutputs];
 #pragma GCC unroll 4
-    for (int digit = 0; digit < kDigits; ++digit) {
-      const __m512i x = _mm512_loadu_si512(digits + digit * kStep);
-      sums[digit] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[digit], weight, x);
+      for (int output = 0; output < kOutputs; ++output) {
+        values[output] = kHalves == 1 ? _mm512_xor_si512(bytes[output], _mm512_set1_epi8(-128))
+                         : half == 0  ? _mm512_and_si512(bytes[output], nibbles)
+                                      : _mm512_and_si512(_mm512_srli_epi16(bytes[output], 4), nibbles);
+      }
+#pragma GCC unroll 4
+      for (int digit = 0; digit < kDigits; ++digit) {
+        const __m512i x = _mm512_loadu_si512(digits + (half * kDigits + digit) * kStep);
+#pragma GCC unroll 4
+        for (int output = 0; output < kOutputs; ++output) {
+          sums[output][digit] = (IntVec)_mm512_dpbusd_epi32((__m512i)sums[output][digit], values[output], x);
+        }
+      }
     }
   }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlcore import layouts
 from vlcore.checkpoint.replacing import replacing_directory
 from vlcore.layouts import Binding, files
-from vlcore.models import DeepSeekVL
+from vlcore.models import DeepSeekVL, quantized_name
 
 
 def save_pretrained(
@@ -29,10 +29,15 @@ def save_pretrained(
         max_shard_size: bytes of weights a file; with more, there are several and an index.
 
     Raises:
-        ValueError: a layout that is none of the two.
+        ValueError: a layout that is none of the two, or a model that is quantised.
         OSError: the disk is full or not writable; what was there before is untouched.
     """
     table = layouts.bindings(model.config, layout)
+    if name := quantized_name(model):
+        raise ValueError(
+            f"save_pretrained: {name} holds integers, and neither layout has a place for them; save the model before "
+            "it is quantised."
+        )
     homeless = [key for key in model.unused if layouts.detect_layout(key) != layout]
     if homeless:
         warnings.warn(

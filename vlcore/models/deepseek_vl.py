@@ -1,5 +1,6 @@
 """DeepSeek-VL: image tokens take the places of the placeholders in the text, and LLaMA reads the whole."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -172,6 +173,13 @@ class DeepSeekVL(nn.Module):
             return_logits = labels is None and not self.training
         return VLOutput(loss, self.lm_head(hidden) if return_logits else None, hidden)
 
+    def decode(
+        self, tokens: Tensor, key_caches: Sequence[Tensor], value_caches: Sequence[Tensor], lengths: Tensor
+    ) -> Tensor:
+        """One new text token (B,) a row, behind what the caches hold -> hidden states (B, D); see `Llama.decode`."""
+        embeddings = self.language.embed_tokens(tokens[:, None], self.compute_dtype)
+        return self.language.decode(embeddings, key_caches, value_caches, lengths)[:, 0]
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of "sam" (ViT and necks), "siglip", "adaptor" (with the two stride-2 convolutions and alpha,
         which the paper counts as adaptor) and "language" (embeddings and head included); each is in exactly one."""
@@ -203,7 +211,9 @@ class DeepSeekVL(nn.Module):
             raise ValueError(
                 f"All {targets.numel()} labels are masked ({IGNORED}), so there is no mean loss: nothing is supervised."
             )
-        weight = self.lm_head.weight.to(hidden.dtype)
+        weight = self.lm_head.operand(hidden.dtype)
+        if isinstance(weight, ops.QuantizedWeight):
+            weight = weight.dequantize(hidden.dtype)
         return ops.linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORED, reduction=reduction)
 
     def _check_features(self, image_features: Tensor) -> None:

@@ -20,6 +20,10 @@ Output = TypeVar("Output")
 class Linear(nn.Linear):
     """x (..., in_features) -> (..., out_features), of x's dtype."""
 
+    def operand(self, dtype: torch.dtype) -> Tensor:
+        """The weight, as operators that compute in `dtype` take it."""
+        return self.weight.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

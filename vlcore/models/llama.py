@@ -1,8 +1,10 @@
 """LLaMA, the language model: pre-RMSNorm blocks of rotary causal attention and SwiGLU, without biases."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vlcore import ops
@@ -52,6 +54,25 @@ class Llama(nn.Module):
             x, residual = run_block(layer, *arguments, recompute=self.activation_checkpointing)
         return self.norm(x, residual)[0]
 
+    def decode(
+        self, embeddings: Tensor, key_caches: Sequence[Tensor], value_caches: Sequence[Tensor], lengths: Tensor
+    ) -> Tensor:
+        """`forward` for one new token a row, behind what the caches hold, to which it is appended. Has no gradient.
+
+        Args:
+            embeddings: (B, 1, D).
+            key_caches, value_caches: (B, S, Hkv, head_dim) of each layer; keys are rotated.
+            lengths: (B,) int, tokens in the caches of each row, and the new one's position.
+
+        Returns:
+            (B, 1, D) hidden states, of the dtype of `embeddings`.
+        """
+        x, residual = embeddings, None
+        for layer, key_cache, value_cache in zip(self.layers, key_caches, value_caches, strict=True):
+            assert isinstance(layer, LlamaLayer)
+            x, residual = layer.decode(x, residual, key_cache, value_cache, lengths)
+        return self.norm(x, residual)[0]
+
 
 class LlamaLayer(nn.Module):
     """Attention, then the MLP, each reading the norm of the residual stream.
@@ -74,6 +95,24 @@ class LlamaLayer(nn.Module):
         x = self.self_attn(x, positions, cu_seqlens, memory)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
+
+    def decode(
+        self, x: Tensor, residual: Tensor | None, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` for one new token a row: x, residual (B, 1, D), caches (B, S, Hkv, head_dim), lengths (B,)."""
+        theta, eps = self.self_attn.rope_theta, self.input_layernorm.eps
+        weights = self.operands(x.dtype)
+        return ops.decode_block(x, residual, weights, key_cache, value_cache, lengths, theta=theta, eps=eps)
+
+    def operands(self, dtype: torch.dtype) -> ops.BlockWeights:
+        """The weights, as operators that compute in `dtype` take them."""
+        attention, mlp = self.self_attn, self.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        return ops.BlockWeights(
+            *(norm.weight.to(dtype) for norm in norms), *(projection.operand(dtype) for projection in projections)
+        )
 
 
 class LlamaAttention(nn.Module):

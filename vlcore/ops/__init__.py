@@ -9,7 +9,7 @@ from vlcore.ops.hybrid_adaptor import hybrid_adaptor
 from vlcore.ops.layer_norm import layer_norm
 from vlcore.ops.linear import linear
 from vlcore.ops.linear_cross_entropy import linear_cross_entropy
-from vlcore.ops.quantized_linear import QuantizedWeight, quantize_weight, quantized_linear
+from vlcore.ops.quantized_linear import GROUP_SIZES, QuantizedWeight, quantize_weight, quantized_linear
 from vlcore.ops.rel_pos_attention import rel_pos_attention
 from vlcore.ops.rms_norm import rms_norm
 from vlcore.ops.rope_attention import apply_rope, rope_attention
@@ -17,6 +17,7 @@ from vlcore.ops.swiglu import swiglu
 from vlcore.ops.window_attention import window_attention
 
 __all__ = [
+    "GROUP_SIZES",
     "BlockWeights",
     "QuantizedWeight",
     "add_rms_norm",

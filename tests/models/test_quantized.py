@@ -1,0 +1,117 @@
+"""Models of integers: close to what they were, generating, and never written as what they are not."""
+
+import pytest
+import torch
+from checkpoints import telling_model
+
+import vlcore
+from vlcore.config import preset
+from vlcore.generate import KVCache
+from vlcore.models import DeepSeekVL, init_weights
+from vlcore.models.quantized import QuantizedLinear, quantize
+
+FORMS = [(8, None, 0.02), (8, 32, 0.02), (4, None, 0.4), (4, 32, 0.3)]
+
+
+@pytest.fixture
+def model():
+    model = DeepSeekVL(preset("tiny")).eval()
+    init_weights(model, seed=0)
+    return model
+
+
+def quantized_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+@pytest.mark.parametrize(("bits", "group_size", "limit"), FORMS)
+@torch.no_grad()
+def test_logits_stay_close(model, bits, group_size, limit):
+    ids = torch.randint(4, 512, (2, 40))
+    before = model(ids).logits
+    quantize(model, bits, group_size)
+    error = (model(ids).logits - before).norm() / before.norm()
+    assert 0 < error < limit
+
+
+@pytest.mark.parametrize(("bits", "group_size", "_"), FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_decodes_what_a_forward_computes(model, dtype, bits, group_size, _):
+    model = model.to(dtype)
+    quantize(model, bits, group_size)
+    ids = torch.randint(4, 512, (2, 6))
+    cache = KVCache(model.config.language, 2, 8, dtype, "cpu")
+    cache.begin((5, 5))
+    model(ids[:, :5], positions=torch.arange(5).expand(2, 5), memory=cache, return_logits=False)
+    cache.advance(0)
+    hidden = model.decode(ids[:, 5], cache.keys, cache.values, cache.lengths)
+    whole = model(ids).hidden[:, 5]
+    assert (hidden - whole).norm() / whole.norm() < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_integers_take_the_place_of_the_language_models_layers_alone(model):
+    embedding = model.language.embed_tokens.weight
+    size = sum(p.nbytes for p in model.language.layers.parameters())
+    quantize(model, 4, lm_head=False)
+    layers = quantized_layers(model)
+    assert set(layers) == {name for name in layers if name.startswith("language.layers.")}
+    assert len(layers) == 7 * model.config.language.num_layers
+    assert model.language.embed_tokens.weight is embedding and not isinstance(model.lm_head, QuantizedLinear)
+    held = sum(b.nbytes for b in model.language.layers.buffers())
+    assert held < size / 6
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_tied_head_gets_a_weight_of_its_own():
+    config = preset("tiny")
+    model = telling_model(config)
+    model.lm_head.weight = model.language.embed_tokens.weight
+    before = model.language.embed_tokens.weight.clone()
+    quantize(model)
+    assert isinstance(model.lm_head, QuantizedLinear) and torch.equal(model.language.embed_tokens.weight, before)
+
+
+def test_scales_stay_float32(model):
+    quantize(model, 8)
+    scales = model.lm_head.scales.clone()
+    model.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(model.lm_head.scales, scales) and model.lm_head.values.dtype == torch.int8
+    assert "bits=8" in repr(model.lm_head)
+
+
+@torch.no_grad()
+def test_has_a_loss(model):
+    ids = torch.randint(4, 512, (1, 12))
+    before = model(ids, labels=ids).loss
+    quantize(model, 8)
+    torch.testing.assert_close(model(ids, labels=ids).loss, before, rtol=1e-2, atol=0)
+
+
+def test_is_not_written(model, tmp_path):
+    quantize(model)
+    message = "save_pretrained: language.layers.0.self_attn.q_proj holds integers, and neither layout has a place"
+    with pytest.raises(ValueError, match=message):
+        vlcore.save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((3,), "3 bits are neither 8 nor 4"), ((8, 48), "group_size 48 is not one of .* inputs of language.layers.0")],
+)
+def test_refuses_what_does_not_fit(model, arguments, message):
+    with pytest.raises(ValueError, match=f"quantize: {message}"):
+        quantize(model, *arguments)
+    assert not quantized_layers(model)
+
+
+def test_refuses_what_is_not_finite_or_quantised_already(model):
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="quantize: the weight of lm_head holds values that are not finite"):
+        quantize(model)
+    assert not quantized_layers(model)
+    quantize(model, lm_head=False)
+    with pytest.raises(ValueError, match="quantised already: language.layers.0.self_attn.q_proj holds integers"):
+        quantize(model)
