@@ -9,7 +9,7 @@ namespace vlcore::VLCORE_LEVEL {
 constexpr int64_t kWantedParts = 16;
 constexpr int64_t kTokensOfPart = 256;
 // Below this number of scores times head_dim, waking a thread costs more than it brings.
-constexpr int64_t kParallelWork = 1 << 16;
+constexpr int64_t kParallelWork = 1 << 18;
 
 // Queries [first_query, + queries) of a row of the batch attend to its keys [first_key, + keys).
 struct Sequence {
@@ -98,10 +98,6 @@ struct Scaling {
       : of_queries(!std::is_same_v<O, float> && scale > 0.f ? 1.f : scale),
         of_scores(!std::is_same_v<O, float> && scale > 0.f ? scale : 1.f) {}
 
-  Vec scaled(Vec scores) const {
-    if constexpr (std::is_same_v<O, float>) return scores;
-    return scores * of_scores;
-  }
   // e^(scaled score - shift); to 8e-5 of it where it is rounded to bfloat16.
   template <typename Shift>
   Vec probability(Vec scores, Shift shift) const {
@@ -121,6 +117,19 @@ struct Scaling {
 
   const float of_queries, of_scores;
 };
+
+template <typename O>
+VLCORE_INLINE void store_pair(O* to, Vec first, Vec second) {
+#if defined(VLCORE_BF16_DOT)
+  if constexpr (std::is_same_v<O, bfloat16>) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(static_cast<void*>(to), &both, sizeof both);
+    return;
+  }
+#endif
+  store(to, first);
+  store(to + kLanes, second);
+}
 
 // Rows of heads are brought to matrices of operands, whose rows are as long as whole panels and end in zeros.
 template <typename T>
@@ -144,6 +153,14 @@ struct Rows {
       const int64_t token = at.first_key + first + row;
       tables.turn(row_of<T>(call.k, at.row, token, head), at.row * call.keys + token, 1.f, 1.f, call.head_dim,
                   to + row * stride);
+    }
+  }
+  // Asks for the rows of tokens [first, end) before they are needed: they lie so far apart, often on pages of their
+  // own, that the processor does not foresee them.
+  void fetch(const Heads& tensor, int64_t batch_row, int64_t first, int64_t end, int64_t head) const {
+    for (int64_t token = first; token < end; ++token) {
+      const char* row = reinterpret_cast<const char*>(row_of<T>(tensor, batch_row, token, head));
+      for (int64_t at = 0; at < call.head_dim * int64_t{sizeof(T)}; at += 64) __builtin_prefetch(row + at);
     }
   }
   // Without rotation.

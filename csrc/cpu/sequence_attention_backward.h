@@ -87,8 +87,10 @@ static void prepare_keys(const Rows<T>& rows, const Sequence& at, int64_t head, 
                          const BackwardScratch<T>& scratch) {
   using O = Operand<T>;
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
+  rows.fetch(rows.call.k, at.row, at.first_key + first, at.first_key + first + count, head);
   rows.keys(at, head, first, count, scratch.keys.get());
   rows.clear(count, count + 1, scratch.keys.get());
+  rows.fetch(rows.call.v, at.row, at.first_key + first, at.first_key + first + count, head);
   rows.plain(rows.call.v, at.row, at.first_key + first, head, count, scratch.values.get());
   const Scratch<O> pairs(kLanes * kGrain * kWidth);
   for (int64_t key = 0; key < count; key += kLanes * kGrain) {
@@ -122,11 +124,15 @@ static void prepare_queries(const Rows<T>& rows, const Gradients<T>& gradients, 
     const int64_t first = block * kBlockQueries, count = std::min(kBlockQueries, at.queries - first);
     auto* query_columns = scratch.query_columns.get() + block * scratch.columns_size;
     auto* grad_columns = scratch.grad_columns.get() + block * scratch.columns_size;
+    const int64_t token = at.first_query + first;
+    for (const Heads& tensor : {out, grad_out, rows.call.q}) {
+      rows.fetch(tensor, at.row, token + count, at.first_query + std::min(at.queries, first + 2 * kBlockQueries), head);
+    }
     rows.clear(count, kBlockQueries, from);
     // The columns of out stand where those of the queries will.
-    rows.plain(out, at.row, at.first_query + first, head, count, from);
+    rows.plain(out, at.row, token, head, count, from);
     columns_of_block(scratch, query_columns);
-    rows.plain(grad_out, at.row, at.first_query + first, head, count, from);
+    rows.plain(grad_out, at.row, token, head, count, from);
     columns_of_block(scratch, grad_columns);
     panels_of_rows(from, scratch.stride, kBlockQueries, dim, scratch.grad_rows.get() + block * scratch.rows_size,
                    kBlockQueries * kWidth);
@@ -148,12 +154,14 @@ static void prepare_queries(const Rows<T>& rows, const Gradients<T>& gradients, 
 // Probabilities of one key and what their gradients make of the scores, by columns of queries.
 template <typename O>
 VLCORE_INLINE void softmax_gradient(const float* scores, const float* grad_probabilities, const float* lse,
-                                    const float* products, int64_t begin, const Scaling<O>& scaling, O* probabilities,
+                                    const float* products, int64_t begin, Scaling<O> scaling, O* probabilities,
                                     O* grad_scores) {
   for (int64_t col = 0; col < kBlockQueries; col += kLanes) {
     Vec p = scaling.probability(load(scores + col), load(lse + col));
     if (col < begin) {
-      for (int lane = 0; lane < kLanes; ++lane) p[lane] = col + lane < begin ? 0.f : p[lane];
+      IntVec seen = {};
+      for (int lane = 0; lane < kLanes; ++lane) seen[lane] = -(col + lane >= begin);
+      p = from_bits(bits_of(p) & seen);
     }
     store(probabilities + col, p);
     store(grad_scores + col, p * (load(grad_probabilities + col) - load(products + col)));

@@ -3,26 +3,26 @@
 namespace vlcore::VLCORE_LEVEL {
 
 constexpr int64_t kBlockRows = 96;
-constexpr int64_t kTileKeys = 128;
+// A whole number of panels, few enough for the first cache with their values.
+constexpr int64_t kTileKeys = 192;
 
 // One query and one tile of the online softmax: scores become probabilities relative to the running maximum.
 // Returns the factor by which what was summed before shrinks.
 template <typename O>
-VLCORE_INLINE float softmax_row(const float* scores, int64_t cols, const Scaling<O>& scaling, O* probabilities,
+VLCORE_INLINE float softmax_row(const float* scores, int64_t cols, Scaling<O> scaling, O* probabilities,
                                 float& maximum_so_far, float& sum) {
-  Vec largest = scaling.scaled(load(scores));
-  for (int64_t key = kLanes; key < cols; key += kLanes) {
-    largest = maximum(largest, scaling.scaled(load(scores + key)));
-  }
-  const float next = std::max(maximum_so_far, reduce_max(largest));
-  Vec total = {};
-  for (int64_t key = 0; key < cols; key += kLanes) {
-    const Vec p = scaling.probability(load(scores + key), next);
-    store(probabilities + key, p);
-    total += p;
+  Vec largest = load(scores);
+  for (int64_t key = kLanes; key < cols; key += kLanes) largest = maximum(largest, load(scores + key));
+  const float next = std::max(maximum_so_far, reduce_max(largest) * scaling.of_scores);
+  Vec even = {}, odd = {};
+  for (int64_t key = 0; key < cols; key += 2 * kLanes) {
+    const Vec first = scaling.probability(load(scores + key), next);
+    const Vec second = scaling.probability(load(scores + key + kLanes), next);
+    store_pair(probabilities + key, first, second);
+    even += first, odd += second;
   }
   const float shrink = next == maximum_so_far ? 1.f : std::exp(maximum_so_far - next);
-  sum = sum * shrink + reduce_add(total);
+  sum = sum * shrink + reduce_add(even + odd);
   maximum_so_far = next;
   return shrink;
 }
@@ -53,7 +53,14 @@ static void pack_keys_and_values(const Rows<T>& rows, const Sequence& at, int64_
                                  const ForwardScratch<T>& scratch) {
   using O = Operand<T>;
   constexpr int64_t kWidth = Panel<O>::kWidth;
+  const auto fetch = [&](int64_t first) {
+    const int64_t begin = at.first_key + first, end = at.first_key + std::min(count, first + kWidth);
+    rows.fetch(rows.call.k, at.row, begin, end, head);
+    rows.fetch(rows.call.v, at.row, begin, end, head);
+  };
+  fetch(0);
   for (int64_t first = 0; first < count; first += kWidth) {
+    fetch(first + kWidth);
     const int64_t present = std::min(kWidth, count - first);
     rows.keys(at, head, first, present, scratch.rows.get());
     rows.clear(present, kWidth, scratch.rows.get());
@@ -107,6 +114,9 @@ static void attend_block(const Rows<T>& rows, const Sequence& at, int64_t head, 
   constexpr int64_t kRows = Panel<Operand<T>>::kRows;
   const Attention& call = rows.call;
   rows.queries(at, head, first, count, scratch.rows.get());
+  const int64_t token = at.first_query + first;
+  rows.fetch(rows.like_queries(out), at.row, token, token + count, head);
+  rows.fetch(call.q, at.row, token + count, at.first_query + std::min(at.queries, first + count + kBlockRows), head);
   float maxima[kBlockRows], sums[kBlockRows] = {};
   std::fill(maxima, maxima + kBlockRows, -INFINITY);
   const int64_t behind = at.keys - at.queries + 1;
