@@ -25,6 +25,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
     """Call a function of the C++ extension for tensors of a dtype; None crosses as a null pointer."""
+    # OpenMP keeps a count for each thread that calls it; in a new one, torch sets its own only when it is asked for it.
+    torch.get_num_threads()
     getattr(cpp, kernel)(*args, (_DTYPES[dtype], level))
 
 
