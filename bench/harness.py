@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ def measure(case: Case, make: Maker) -> Measurement:
 
 
 def _check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:
-    wide = tuple(x.double() if _is_floating(x) else x for x in inputs)
+    wide = tuple(_widened(x) for x in inputs)
     exact, baseline = (_run(case, case.on(TORCH), given) for given in (wide, inputs))
     for backend in backends:
         for got, same_dtype, truth in zip(_run(case, case.on(backend), inputs), baseline, exact, strict=True):
@@ -166,6 +167,13 @@ def _run(case: Case, function: Callable, inputs: tuple) -> tuple[Tensor, ...]:
     wanted = [x for x in given if _is_floating(x)]
     grads = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], materialize_grads=True)
     return *(y.detach() for y in outputs), *grads
+
+
+def _widened(value: Any) -> Any:
+    """Floating tensors in float64, those of a tuple of weights too."""
+    if isinstance(value, ops.BlockWeights):
+        return ops.BlockWeights(*map(_widened, value))
+    return value.double() if _is_floating(value) else value
 
 
 def _is_floating(value: object) -> bool:

@@ -89,6 +89,5 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "add_scaled_rows", vlcore::add_scaled_rows);
   bind(m, "cross_entropy_grad_hidden", vlcore::cross_entropy_grad_hidden);
   bind(m, "cross_entropy_grad_logits", vlcore::cross_entropy_grad_logits);
-
   bind(m, "decode_block_forward", vlcore::decode_block_forward);
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlcore import cli, ops
-from vlcore.bench import command, harness, models, timing, training
+from vlcore.bench import command, decoding, harness, models, timing, training
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import EAGER, OURS, SDPA, operators, public_twin, torch_backend
 from vlcore.bench.report import RESULTS, Results, line, read, with_tables
@@ -144,9 +144,10 @@ def test_transformers_reads_our_weights_where_they_are(name):
 
 def small_end_to_end(monkeypatch, function):
     small = dataclasses.replace(preset("tiny"), image_token_id=100)
-    for module in (models, training):
+    for module in (models, decoding, training):
         monkeypatch.setattr(module, "preset", lambda name: small)
-    monkeypatch.setattr(models, "PROMPT", 12)
+    for module in (models, decoding):
+        monkeypatch.setattr(module, "PROMPT", 12)
     return [found for case in function(torch.float32, "cpu", False) for found in models.measure(case, torch.float32)]
 
 
@@ -155,6 +156,12 @@ def test_models_end_to_end(monkeypatch, function, count):
     found = small_end_to_end(monkeypatch, function)
     assert len(found) == count
     assert all(set(one.seconds) == {OURS, EAGER, SDPA} for one in found)
+
+
+def test_decoding_end_to_end(monkeypatch):
+    found = small_end_to_end(monkeypatch, decoding.decode)
+    assert [one.ours for one in found] == [OURS, "vlcore, int8", "vlcore, int4"]
+    assert found[0].bytes > found[1].bytes > found[2].bytes
 
 
 def test_a_training_step_end_to_end(monkeypatch):

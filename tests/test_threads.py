@@ -34,6 +34,14 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         return ops.decode_attention(q, k, v, *caches, torch.tensor([650, 3]), backend=backend)
 
 
+def decode_block(x: Tensor, residual: Tensor, *weights: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    caches = random(2, 2, 700, 4, 32, dtype=x.dtype)
+    with torch.no_grad():
+        return ops.decode_block(
+            x, residual, ops.BlockWeights(*weights), *caches, torch.tensor([650, 3]), backend=backend
+        )
+
+
 def examples(dtype: torch.dtype) -> dict[str, tuple[Callable, tuple]]:
     """A call of each operator, large enough that a kernel goes parallel, where its rows do not divide evenly."""
 
@@ -41,9 +49,15 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Callable, tuple]]:
         return random(*shape, dtype=dtype)
 
     labels = torch.randint(0, 3000, (333,)).masked_fill(torch.rand(333) < 0.3, -100)
+    projections = (r(256, 256), r(128, 256), r(128, 256), r(256, 256))
     return {
         "add_rms_norm": (ops.add_rms_norm, (r(333, 192), r(333, 192), r(192))),
+        "attention": (ops.attention, tuple(r(1, 333, 3, 64) for _ in range(3))),
         "decode_attention": (decode_attention, (r(2, 1, 8, 64), r(2, 1, 4, 64), r(2, 1, 4, 64))),
+        "decode_block": (
+            decode_block,
+            (r(2, 1, 256), r(2, 1, 256), r(256), r(256), *projections, r(700, 256), r(700, 256), r(256, 700)),
+        ),
         "downsample_features": (
             lambda *given, backend: ops.downsample_features(*given, size=24, backend=backend),
             (r(1, 8, 16, 16), r(1, 8, 16, 16), r(1), r(16, 8, 3, 3), r(32, 16, 3, 3)),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlcore import ops
 from vlcore.config import LlamaConfig
 from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.native import prefer_huge_pages
 from vlcore.processing import Batch, Encoded, ImageError, Processor, pack
 from vlcore.processing.text_stream import TextStream
 
@@ -28,10 +29,10 @@ class KVCache:
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        shape = (2, config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         # Zeros, since what is masked still meets the softmax's zero weights, and 0 * NaN is NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        caches = prefer_huge_pages(torch.empty(shape, dtype=dtype, device=device)).zero_()
+        self.keys, self.values = (list(cache) for cache in caches)
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self._places: tuple[Tensor, Tensor] | None = None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from vlcore import ops
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.models.layers import Linear
+from vlcore.native import prefer_huge_pages
 
 
 class QuantizedLinear(nn.Module):
@@ -20,7 +21,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: ops.QuantizedWeight):
         super().__init__()
         self.bits, self.group_size, self.shape = weight.bits, weight.group_size, weight.shape
-        self.register_buffer("values", weight.values)
+        self.register_buffer("values", prefer_huge_pages(torch.empty_like(weight.values)).copy_(weight.values))
         self.register_buffer("scales", weight.scales)
 
     def operand(self, dtype: torch.dtype) -> ops.QuantizedWeight:
