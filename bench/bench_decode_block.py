@@ -1,7 +1,8 @@
 """One token through the blocks of the 1.3B, weights as they are, in 8 and in 4 bits, beside operator by operator."""
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from vlcore import ops
 from vlcore.bench.bench_linear import turns
@@ -14,11 +15,6 @@ SIZE, HIDDEN = LLAMA.hidden_size, LLAMA.intermediate_size
 SHAPES = [*4 * [(SIZE, SIZE)], *2 * [(HIDDEN, SIZE)], (SIZE, HIDDEN)]
 WEIGHTS = sum(outputs * inputs for outputs, inputs in SHAPES)
 CACHE = 2 * KEYS * LLAMA.num_kv_heads * LLAMA.head_dim
-
-
-def _one_by_one(*inputs) -> tuple[Tensor, Tensor]:
-    """Each operator by itself, with its own kernel."""
-    return decode_block_reference(*inputs, backend="auto")
 
 
 def _case(bits: int) -> Case:
@@ -43,7 +39,7 @@ def _case(bits: int) -> Case:
         operator="decode_block",
         shape=f"1.3B, {KEYS} keys, {f'{bits} bits' if bits else 'plain weights'}",
         inputs=inputs,
-        peers={"operator by operator": _one_by_one},
+        peers={"operator by operator": partial(decode_block_reference, backend="auto")},
         elements=CACHE + (0 if bits else WEIGHTS),
         bytes=WEIGHTS * bits / 8,
     )

@@ -32,7 +32,8 @@ class KVCache:
         shape = (2, config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         # Zeros, since what is masked still meets the softmax's zero weights, and 0 * NaN is NaN.
         caches = prefer_huge_pages(torch.empty(shape, dtype=dtype, device=device)).zero_()
-        self.keys, self.values = (list(cache) for cache in caches)
+        # By index: torch lets nobody write to the views that unbinding a tensor gives.
+        self.keys, self.values = ([caches[i, layer] for layer in range(config.num_layers)] for i in range(2))
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self._places: tuple[Tensor, Tensor] | None = None
