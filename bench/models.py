@@ -213,6 +213,7 @@ def prompt(model: DeepSeekVL, device: str) -> Tensor:
     return torch.randint(model.config.image_token_id, (1, PROMPT), device=device)
 
 
+@torch.inference_mode()
 def fill(model: DeepSeekVL, ids: Tensor) -> tuple[KVCache, Tensor]:
     """The cache of a prompt, and the logits behind it."""
     cache = KVCache(model.config.language, 1, PROMPT + 8, model.compute_dtype, ids.device)
