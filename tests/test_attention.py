@@ -16,6 +16,7 @@ from operators import (
 
 from vlcore import native, ops
 from vlcore.ops.attention import KERNELS, Attention, attention_forward, attention_reference
+from vlcore.ops.dispatch import choose
 
 BACKENDS = [*KERNELS, "torch"]
 
@@ -206,6 +207,13 @@ def test_refuses_bounds_that_are_none(backend):
         skip_if_refused(KERNELS, backend, *given, False, bounds(0, 5), 0.5)
     with pytest.raises(ValueError, match=r"attention: cu_seqlens \[0, 5\] must rise from 0 .* tokens, 7"):
         ops.attention(*given, cu_seqlens=bounds(0, 5), backend=backend)
+
+
+def test_small_calls_are_left_to_torch():
+    small, large = (inputs(batch=1, queries=size, keys=size, dim=64) for size in (8, 256))
+    skip_if_refused(KERNELS, "cpp", *small, False, None, 0.5)
+    assert choose("attention", KERNELS, "auto", *small, False, None, 0.5) == "torch"
+    assert choose("attention", KERNELS, "auto", *large, False, None, 0.5) == "cpp"
 
 
 def test_says_why_a_backend_cannot_run():

@@ -9,6 +9,8 @@ namespace vlcore::VLCORE_LEVEL {
 // A multiple of every Panel::kRows, and even.
 constexpr int64_t kBlockKeys = 96;
 constexpr int64_t kBlockQueries = 64;
+// Where a product is added to what is there.
+constexpr float kOnes[] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
 
 // The tensors of a backward besides those of the call.
 template <typename T>
@@ -175,7 +177,6 @@ static void meet_keys(int64_t block, int64_t key, int64_t count, int64_t begin, 
                       const BackwardScratch<T>& scratch, Operand<T>* grad_scores) {
   using O = Operand<T>;
   constexpr int64_t kWidth = Panel<O>::kWidth;
-  static constexpr float kOnes[6] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
   const int64_t columns = block * scratch.columns_size, first = block * kBlockQueries;
   multiply(scratch.keys.get() + key * scratch.stride, scratch.stride, scratch.query_columns.get() + columns, count,
            kBlockQueries, scratch.depth, nullptr, scratch.scores.get(), kBlockQueries);
@@ -206,7 +207,6 @@ static void meet(int64_t block, int64_t key, int64_t count, int64_t begin, int64
                  const Scaling<Operand<T>>& scaling, const BackwardScratch<T>& scratch) {
   using O = Operand<T>;
   constexpr int64_t kRows = Panel<O>::kRows;
-  static constexpr float kOnes[6] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
   O* grad_scores = scratch.grad_scores.get();
   for (int64_t row = 0; row < count; row += kRows) {
     meet_keys(block, key + row, std::min(kRows, count - row), begin + row, scaling, scratch,

@@ -195,8 +195,14 @@ def cpp_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
     return native.cpp_refusals(q) + ["it reads cu_seqlens on the CPU only"] * elsewhere
 
 
+def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
+    """Where a call is not over before it has begun: torch's own attention costs less to call."""
+    least = 1 << 22 if q.dtype == torch.float32 else 1 << 18
+    return q.numel() * k.shape[1] >= least
+
+
 # In order of preference.
-KERNELS = {"cpp": Kernel(cpp_forward, cpp_backward, cpp_refusals)}
+KERNELS = {"cpp": Kernel(cpp_forward, cpp_backward, cpp_refusals, _cpp_worthwhile)}
 
 
 def _torch_forward(q, k, v, cu_seqlens, causal, scale):
