@@ -173,8 +173,8 @@ VLCORE_INLINE void softmax_gradient(const float* scores, const float* grad_proba
 // Adds what `count` keys from `key` on, all within a block of keys, and a block of queries give to dV and dK, and
 // writes their dS. `begin` is the first query of the block that sees the first of these keys.
 template <typename T>
-static void meet_keys(int64_t block, int64_t key, int64_t count, int64_t begin, const Scaling<Operand<T>>& scaling,
-                      const BackwardScratch<T>& scratch, Operand<T>* grad_scores) {
+static void meet_keys(int64_t block, int64_t key, int64_t count, int64_t begin, int64_t head_dim,
+                      const Scaling<Operand<T>>& scaling, const BackwardScratch<T>& scratch, Operand<T>* grad_scores) {
   using O = Operand<T>;
   constexpr int64_t kWidth = Panel<O>::kWidth;
   const int64_t columns = block * scratch.columns_size, first = block * kBlockQueries;
@@ -190,13 +190,12 @@ static void meet_keys(int64_t block, int64_t key, int64_t count, int64_t begin, 
   }
   // Queries before the first that sees one of these keys add nothing.
   const int64_t skipped = std::max<int64_t>(begin, 0) / Panel<O>::kGrain * Panel<O>::kGrain;
-  for (int64_t col = 0; col < scratch.stride; col += kWidth) {
-    const int64_t panel = block * scratch.rows_size + col * kBlockQueries + skipped * kWidth;
-    multiply(scratch.probabilities.get() + skipped, kBlockQueries, scratch.grad_rows.get() + panel, count, kWidth,
-             kBlockQueries - skipped, kOnes, scratch.grad_values.get() + key * scratch.stride + col, scratch.stride);
-    multiply(grad_scores + skipped, kBlockQueries, scratch.query_rows.get() + panel, count, kWidth,
-             kBlockQueries - skipped, kOnes, scratch.grad_keys.get() + key * scratch.stride + col, scratch.stride);
-  }
+  const int64_t panels = block * scratch.rows_size + skipped * kWidth, depth = kBlockQueries - skipped;
+  multiply_panels(scratch.probabilities.get() + skipped, kBlockQueries, scratch.grad_rows.get() + panels,
+                  kBlockQueries * kWidth, count, head_dim, depth, kOnes,
+                  scratch.grad_values.get() + key * scratch.stride, scratch.stride);
+  multiply_panels(grad_scores + skipped, kBlockQueries, scratch.query_rows.get() + panels, kBlockQueries * kWidth,
+                  count, head_dim, depth, kOnes, scratch.grad_keys.get() + key * scratch.stride, scratch.stride);
 }
 
 // A block of keys [key, + count), places relative to those that are prepared, meets a block of queries. The first query
@@ -209,7 +208,7 @@ static void meet(int64_t block, int64_t key, int64_t count, int64_t begin, int64
   constexpr int64_t kRows = Panel<O>::kRows;
   O* grad_scores = scratch.grad_scores.get();
   for (int64_t row = 0; row < count; row += kRows) {
-    meet_keys(block, key + row, std::min(kRows, count - row), begin + row, scaling, scratch,
+    meet_keys(block, key + row, std::min(kRows, count - row), begin + row, head_dim, scaling, scratch,
               grad_scores + row * kBlockQueries);
   }
   std::memset(static_cast<void*>(grad_scores + count * kBlockQueries), 0, kBlockQueries * sizeof(O));

@@ -3,7 +3,7 @@
 namespace vlcore::VLCORE_LEVEL {
 
 constexpr int64_t kBlockRows = 96;
-// A whole number of panels, few enough for the first cache with their values.
+// A whole number of panels; with fewer keys, the sums and maxima over a row would count for more.
 constexpr int64_t kTileKeys = 192;
 
 // One query and one tile of the online softmax: scores become probabilities relative to the running maximum.
@@ -82,7 +82,7 @@ struct QueryRows {
 
 // Adds `tile_keys` keys from first_key on.
 template <typename T>
-static void attend_tile(const QueryRows& queries, int64_t first_key, int64_t all_keys,
+static void attend_tile(const QueryRows& queries, int64_t first_key, int64_t all_keys, int64_t head_dim,
                         const Scaling<Operand<T>>& scaling, const ForwardScratch<T>& scratch, float* maxima,
                         float* sums) {
   using O = Operand<T>;
@@ -100,11 +100,9 @@ static void attend_tile(const QueryRows& queries, int64_t first_key, int64_t all
     shrinks[row] = softmax_row(scores + row * kTileKeys, cols, scaling, probabilities + row * kTileKeys,
                                maxima[queries.first + row], sums[queries.first + row]);
   }
-  for (int64_t col = 0; col < scratch.stride; col += kWidth) {
-    multiply(probabilities, kTileKeys, scratch.values.get() + col * padded_depth<O>(all_keys) + first_key * kWidth,
-             queries.count, kWidth, padded_depth<O>(keys), first_key ? shrinks : nullptr,
-             scratch.out.get() + queries.first * scratch.stride + col, scratch.stride);
-  }
+  multiply_panels(probabilities, kTileKeys, scratch.values.get() + first_key * kWidth,
+                  padded_depth<O>(all_keys) * kWidth, queries.count, head_dim, padded_depth<O>(keys),
+                  first_key ? shrinks : nullptr, scratch.out.get() + queries.first * scratch.stride, scratch.stride);
 }
 
 // Queries [first, + count) of one head, count <= kBlockRows, over the packed keys.
@@ -125,7 +123,8 @@ static void attend_block(const Rows<T>& rows, const Sequence& at, int64_t head, 
       const int64_t rows_here = std::min(kRows, count - row);
       const int64_t visible = call.causal ? first + row + rows_here - 1 + behind : at.keys;
       if (visible <= tile) continue;
-      attend_tile({row, rows_here, visible, call.causal}, tile, packed_keys, rows.scaling, scratch, maxima, sums);
+      attend_tile({row, rows_here, visible, call.causal}, tile, packed_keys, call.head_dim, rows.scaling, scratch,
+                  maxima, sums);
     }
   }
   for (int64_t row = 0; row < count; ++row) {

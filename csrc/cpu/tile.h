@@ -88,10 +88,11 @@ static void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_
 
 // kRows rows of C and one panel: C = start * C + A B, where `start` has a factor for each row; null stands for 0.
 // A B is summed by itself first: the errors of long sums in float32 grow with what they begin from.
-template <int kRows, typename O>
+// kVecs may be fewer vectors than a panel has: its first columns.
+template <int kRows, int kVecs, typename O>
 VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, int64_t depth, const float* start,
                                   float* c, int64_t c_stride) {
-  constexpr int kVecs = Panel<O>::kVecs, kWidth = Panel<O>::kWidth;
+  constexpr int kWidth = Panel<O>::kWidth;
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
@@ -140,30 +141,32 @@ VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, 
   }
 }
 
-// As multiply_panel, for 1..Panel<O>::kRows rows and all panels of `cols`. `depth` is a padded one.
-template <typename O>
+// As multiply_panel, for 1..Panel<O>::kRows rows and all panels of `cols`, or their first kVecsOfPanel vectors. `depth`
+// is a padded one.
+template <int kVecsOfPanel = 0, typename O>
 static void multiply(const O* a, int64_t a_stride, const O* packed, int64_t rows, int64_t cols, int64_t depth,
                      const float* start, float* c, int64_t c_stride) {
+  constexpr int kVecs = kVecsOfPanel ? kVecsOfPanel : Panel<O>::kVecs;
   for (int64_t first = 0; first < cols; first += Panel<O>::kWidth, packed += depth * Panel<O>::kWidth) {
     float* out = c + first;
     switch (rows) {
       case 6:
-        multiply_panel<6>(a, a_stride, packed, depth, start, out, c_stride);
+        multiply_panel<6, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
         break;
       case 5:
-        multiply_panel<5>(a, a_stride, packed, depth, start, out, c_stride);
+        multiply_panel<5, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
         break;
       case 4:
-        multiply_panel<4>(a, a_stride, packed, depth, start, out, c_stride);
+        multiply_panel<4, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
         break;
       case 3:
-        multiply_panel<3>(a, a_stride, packed, depth, start, out, c_stride);
+        multiply_panel<3, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
         break;
       case 2:
-        multiply_panel<2>(a, a_stride, packed, depth, start, out, c_stride);
+        multiply_panel<2, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
         break;
       default:
-        multiply_panel<1>(a, a_stride, packed, depth, start, out, c_stride);
+        multiply_panel<1, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
     }
   }
 }
