@@ -84,6 +84,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "attention_backward", vlcore::attention_backward);
   bind(m, "linear_forward", vlcore::linear_forward);
   bind(m, "quantized_linear_forward", vlcore::quantized_linear_forward);
+  bind(m, "dequantize", vlcore::dequantize);
   bind(m, "decode_attention_forward", vlcore::decode_attention_forward);
   bind(m, "softmax_block", vlcore::softmax_block);
   bind(m, "add_scaled_rows", vlcore::add_scaled_rows);

@@ -91,10 +91,14 @@ void linear_forward(const void* x, const void* weight, const void* bias, void* y
                     int64_t inputs, Target target);
 
 // As linear, with a weight of integers: 8 bits (outputs, inputs) int8, or 4 bits (outputs, ceil(inputs / 2)), two a
-// byte and each plus 8, the even column in the low half; scales (outputs, groups), groups of even size dividing the
-// inputs.
+// byte and each plus 8, the even column in the low half; scales (outputs, groups), a group being 32, 64 or 128 inputs,
+// or all.
 void quantized_linear_forward(const void* x, const void* values, const float* scales, const void* bias, void* y,
                               int64_t rows, int64_t outputs, int64_t inputs, int64_t groups, int bits, Target target);
+
+// weight (outputs, inputs) = what such integers stand for.
+void dequantize(const void* values, const float* scales, void* weight, int64_t outputs, int64_t inputs, int64_t groups,
+                int bits, Target target);
 
 // Rotates q (batch, heads, head_dim) and k by their positions lengths (batch), writes k and v (batch, kv_heads,
 // head_dim) to the caches there, and attends over lengths + 1 keys. A cache has row_stride elements from row to row of

@@ -4,7 +4,7 @@ from accuracy import assert_as_accurate
 from operators import DTYPES, assert_well_formed, poisoned_memory, random, skip_if_refused, strided
 
 from vlcore import native, ops
-from vlcore.ops.decode_block import KERNELS, decode_block_reference
+from vlcore.ops.decode_block import KERNELS, _form, decode_block_reference
 
 BACKENDS = [*KERNELS, "torch"]
 FORMS = [None, (8, None), (8, 32), (4, None), (4, 32)]
@@ -22,12 +22,8 @@ def inputs(lengths=(3, 0, 6), capacity=7, heads=4, kv_heads=2, head_dim=16, hidd
     return x, residual, weights, *caches, torch.tensor(lengths, dtype=torch.int64, device=x.device)
 
 
-def forms_of(weights):
-    return [(w.bits, w.scales.shape[1]) if isinstance(w, ops.QuantizedWeight) else (0, 0) for w in weights[2:]]
-
-
 def skip(backend, given):
-    skip_if_refused(KERNELS, backend, given[0], *given[3:5], forms_of(given[2]))
+    skip_if_refused(KERNELS, backend, given[0], *given[3:5], [_form(weight) for weight in given[2][2:]])
 
 
 def copies(given, dtype=None):

@@ -17,7 +17,7 @@ from vlcore import native, ops
 from vlcore.ops.quantized_linear import KERNELS, QuantizedLinear, quantized_linear_reference
 
 BACKENDS = [*KERNELS, "torch"]
-FORMS = [(8, None), (8, 32), (4, None), (4, 32), (4, 64)]
+FORMS = [(8, None), (8, 32), (8, 64), (4, None), (4, 32), (4, 64)]
 
 
 def through_op(backend, weight):
@@ -27,7 +27,7 @@ def through_op(backend, weight):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), FORMS)
-@pytest.mark.parametrize("rows", [(2, 3), (), (0,)])
+@pytest.mark.parametrize("rows", [(2, 3), (), (0,), (19,)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_the_reference(backend, rows, bits, group_size, biased, dtype):
     weight = ops.quantize_weight(random(5, 64), bits, group_size)
@@ -155,6 +155,91 @@ def test_quantize_refuses_what_does_not_fit(weight, bits, group_size, message):
 
 
 def test_says_why_a_backend_cannot_run():
-    weight = ops.quantize_weight(torch.ones(2, 8), 8)
-    with pytest.raises(ValueError, match="quantized_linear cannot run on 'cpp' .*17 rows are more than 16"):
-        ops.quantized_linear(torch.zeros(17, 8), weight, backend="cpp")
+    weight = dataclasses.replace(ops.quantize_weight(torch.ones(2, 64), 8, 32), scales=torch.ones(2, 8), group_size=8)
+    with pytest.raises(ValueError, match=r"cannot run on 'cpp' .*: 8 groups of 64 inputs are not of one of \(32, 64"):
+        ops.quantized_linear(torch.zeros(1, 64), weight, backend="cpp")
+    torch.testing.assert_close(ops.quantized_linear(torch.ones(64), weight), torch.full((2,), 64 * 127.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+@pytest.mark.parametrize(("bits", "group_size"), [*FORMS, (8, 128), (4, 128)])
+def test_dequantises_as_the_definition_does(monkeypatch, bits, group_size, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    for size in (384, 77):
+        weight = ops.quantize_weight(random(7, size), bits, group_size if size % 64 == 0 else None)
+        x = torch.eye(size, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
+        assert torch.equal(ops.quantized_linear(x, weight, backend="cpp"), weight.dequantize(dtype).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+@pytest.mark.parametrize(("bits", "group_size"), [*FORMS, (8, 128), (4, 128)])
+def test_massive_activations_cost_no_accuracy(monkeypatch, bits, group_size, level, dtype):
+    """A few inputs a thousand times as large as the others, as language models have them."""
+    monkeypatch.setattr(native, "level", level)
+    weight, x = ops.quantize_weight(random(60, 1152), bits, group_size), random(2, 1152)
+    x[0, 5], x[0, 700], x[1] = 1000, -3000, x[1] * 1e-4
+    x = x.to(dtype)
+    skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
+    for rows in (x, x[:1], x[1:]):
+        assert_matches(through_op("cpp", weight), through_op("torch", weight), rows, None)
+    # Outputs that the massive inputs do not reach are as accurate as without them.
+    quiet = weight.dequantize()
+    quiet[:, [5, 700]] = 0
+    weight = ops.quantize_weight(quiet, bits, group_size)
+    y, exact = ops.quantized_linear(x[:1], weight, backend="cpp"), x[:1].double() @ weight.dequantize().double().t()
+    assert (y - exact).abs().max() <= exact.abs().max() * (2**-8 if dtype == torch.bfloat16 else 2**-16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+@pytest.mark.parametrize(("bits", "group_size"), FORMS)
+def test_what_is_not_finite_stays_in_its_row(monkeypatch, bits, group_size, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    weight = ops.quantize_weight(random(9, 192), bits, group_size)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = random(3, 192, dtype=dtype)
+        x[1, 100] = bad
+        skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
+        y = ops.quantized_linear(x, weight, backend="cpp")
+        assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-20, 1e20])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_activations_of_any_size(monkeypatch, level, scale):
+    monkeypatch.setattr(native, "level", level)
+    weight, x = ops.quantize_weight(random(9, 192), 8), random(2, 192, scale=scale)
+    skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, 8)
+    torch.testing.assert_close(
+        ops.quantized_linear(x, weight, backend="cpp"), quantized_linear_reference(x, weight), rtol=1e-4, atol=1e-28
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sums_longer_than_32_bits_hold(bits):
+    """A row of the largest products: the integers are summed in stretches that cannot overflow."""
+    size = 2**21 + 70
+    weight, x = ops.quantize_weight(torch.ones(1, size), bits), torch.ones(1, size)
+    skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
+    torch.testing.assert_close(ops.quantized_linear(x, weight, backend="cpp"), torch.full((1, 1), float(size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group_size"), FORMS)
+def test_neither_threads_nor_addresses_matter(bits, group_size, dtype):
+    weight, x = ops.quantize_weight(random(301, 320), bits, group_size), random(3, 320, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.quantized_linear(x, weight, backend="cpp"))
+    torch.set_num_threads(threads)
+    moved = torch.empty(weight.values.numel() + 1, dtype=weight.values.dtype)[1:].view(weight.values.shape)
+    moved.copy_(weight.values)
+    x_moved = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x)
+    results.append(ops.quantized_linear(x_moved, dataclasses.replace(weight, values=moved), backend="cpp"))
+    assert all(torch.equal(results[0], other) for other in results[1:])

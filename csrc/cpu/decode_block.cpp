@@ -23,6 +23,7 @@ void decode_block_forward(const void* x, const void* residual, const void* atten
 #include "cpu/decode_heads.h"
 #include "cpu/few_rows.h"
 #include "cpu/norm_rows.h"
+#include "cpu/quantized_bytes.h"
 #include "cpu/quantized_rows.h"
 #include "cpu/swiglu_row.h"
 

@@ -6,25 +6,6 @@ namespace vlcore::VLCORE_LEVEL {
 constexpr int kWeightRows = 4;
 constexpr int kInputRows = 4;
 
-using SignedBytes = int8_t __attribute__((vector_size(kLanes)));
-using UnsignedBytes = uint8_t __attribute__((vector_size(kLanes)));
-
-// The bytes of a weight, as many as lanes; beyond `count` they are 0, and meet the zeros behind x.
-template <typename Bytes>
-VLCORE_INLINE IntVec load_bytes(const uint8_t* from, int64_t count) {
-  Bytes bytes = {};
-  if (count >= kLanes) {
-    std::memcpy(&bytes, from, kLanes);
-  } else {
-    std::memcpy(&bytes, from, count);
-  }
-  // In two steps, each of them one instruction: GCC takes four times the width apart, lane by lane.
-  using Shorts = int16_t __attribute__((vector_size(kLanes * 2)));
-  return __builtin_convertvector(__builtin_convertvector(bytes, Shorts), IntVec);
-}
-
-VLCORE_INLINE Vec to_float(IntVec v) { return __builtin_convertvector(v, Vec); }
-
 // A weight of 8 bits: a byte a column.
 struct EightBits {
   static constexpr int kColumns = 1;
@@ -36,13 +17,13 @@ struct EightBits {
   }
 };
 
-// Of 4 bits: a byte holds an even column in its low half and the odd one after it in its high half, both plus 8.
+// Of 4 bits: two columns a byte.
 struct FourBits {
   static constexpr int kColumns = 2;
   template <int kRows>
   VLCORE_INLINE void add(const uint8_t* bytes, int64_t count, const float* x, int64_t odd, int64_t stride, Vec* sums) {
     const IntVec both = load_bytes<UnsignedBytes>(bytes, count);
-    const Vec low = to_float((both & 15) - 8), high = to_float((both >> 4) - 8);
+    const Vec low = even_columns(both), high = odd_columns(both);
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
       sums[row] += low * load(x + row * stride) + high * load(x + odd + row * stride);

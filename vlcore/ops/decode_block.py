@@ -11,7 +11,7 @@ from vlcore.ops.add_rms_norm import add_rms_norm
 from vlcore.ops.decode_attention import cache_refusals, decode_attention
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define
 from vlcore.ops.linear import MAX_ROWS, linear
-from vlcore.ops.quantized_linear import QuantizedWeight, quantized_linear
+from vlcore.ops.quantized_linear import QuantizedWeight, group_refusals, quantized_linear
 from vlcore.ops.rms_norm import rms_norm
 from vlcore.ops.swiglu import swiglu
 
@@ -102,19 +102,19 @@ def decode_block(
             cannot run them.
     """
     _check(x, residual, weights, key_cache, value_cache, lengths)
-    forms = [_form(weight) for weight in weights[2:]]
+    forms = [_form(weight) for weight in weights[2:]]  # as short as an error that shows them should be
     chosen = choose("decode_block", KERNELS, backend, x, key_cache, value_cache, forms)
     if chosen == TORCH:
         return decode_block_reference(x, residual, weights, key_cache, value_cache, lengths, theta, eps, backend)
     tensors = [weight.values if isinstance(weight, QuantizedWeight) else weight for weight in weights]
     scales = [weight.scales for weight in weights if isinstance(weight, QuantizedWeight)]
-    bits = [bits for bits, _ in forms]
+    bits = [bits for bits, *_ in forms]
     return decode_block_forward(x, residual, tensors, scales, bits, key_cache, value_cache, lengths, theta, eps, chosen)
 
 
-def _form(weight: Tensor | QuantizedWeight) -> tuple[int, int]:
-    """Bits and groups of a quantised weight; (0, 0) of a plain one."""
-    return (weight.bits, weight.scales.shape[1]) if isinstance(weight, QuantizedWeight) else (0, 0)
+def _form(weight: Tensor | QuantizedWeight) -> tuple[int, int, int]:
+    """Bits, inputs and groups of a quantised weight; zeros for a plain one."""
+    return (weight.bits, weight.shape[1], weight.scales.shape[1]) if isinstance(weight, QuantizedWeight) else (0, 0, 1)
 
 
 def _check(
@@ -151,12 +151,13 @@ def _check(
     checks.room("decode_block", lengths, key_cache)
 
 
-def _cpp_refusals(x: Tensor, key_cache: Tensor, value_cache: Tensor, forms: list[tuple[int, int]]) -> list[str]:
+def _cpp_refusals(x: Tensor, key_cache: Tensor, value_cache: Tensor, forms: list[tuple[int, int, int]]) -> list[str]:
     reasons = {
         f"{x.shape[0]} rows are more than {MAX_ROWS}": x.shape[0] > MAX_ROWS,
         "q, k and v, and gate and up, must be quantised alike": len({*forms[:3]}) > 1 or forms[4] != forms[5],
     }
     refused = [reason for reason, applies in reasons.items() if applies]
+    refused += [reason for _, *sizes in dict.fromkeys(forms) for reason in group_refusals(*sizes)]
     return native.cpp_refusals(x) + cache_refusals(key_cache, value_cache) + refused
 
 

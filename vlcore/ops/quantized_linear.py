@@ -101,7 +101,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         x: (..., K), float32 or bfloat16 (and, on "torch", float16 and float64).
         weight: of shape (N, K), on x's device.
         bias: (N,), of x's dtype, or None.
-        backend: "auto", "torch", or "cpp", which takes up to 16 rows.
+        backend: "auto", "torch", or "cpp", which multiplies up to 16 rows by the integers themselves, where the
+            machine multiplies bytes, and dequantises the weight for more.
 
     Returns:
         (..., N), of x's dtype.
@@ -152,12 +153,19 @@ def _torch_backward(grad_y, values, scales, num_inputs, bits):
     return grad_y @ _dequantize(values, scales, bits, num_inputs, grad_y.dtype)
 
 
+def group_refusals(num_inputs: int, num_groups: int) -> list[str]:
+    """Why no C++ kernel can run scales of that many groups."""
+    fits = num_groups == 1 or num_inputs in [size * num_groups for size in GROUP_SIZES]
+    return [f"{num_groups} groups of {num_inputs} inputs are not of one of {GROUP_SIZES}"] * (not fits)
+
+
 def _cpp_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> list[str]:
-    rows = num_rows(x)
-    return native.cpp_refusals(x) + [f"{rows} rows are more than {MAX_ROWS}"] * (rows > MAX_ROWS)
+    return native.cpp_refusals(x) + group_refusals(x.shape[-1], scales.shape[1])
 
 
 def _cpp_forward(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    if num_rows(x) > MAX_ROWS:
+        return F.linear(x, _cpp_dequantize(values, scales, bits, x.shape[-1], x.dtype), bias)
     y = x.new_empty(*x.shape[:-1], values.shape[0])
     given = (x, values.contiguous(), scales.contiguous(), bias, y)
     sizes = (num_rows(x), values.shape[0], x.shape[-1], scales.shape[1], bits)
@@ -165,8 +173,19 @@ def _cpp_forward(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None,
     return y
 
 
-# In order of preference. A gradient is the reference's.
-KERNELS = {"cpp": Kernel(_cpp_forward, _torch_backward, _cpp_refusals)}
+def _cpp_backward(grad_y: Tensor, values: Tensor, scales: Tensor, num_inputs: int, bits: int) -> Tensor:
+    return grad_y @ _cpp_dequantize(values, scales, bits, num_inputs, grad_y.dtype)
+
+
+def _cpp_dequantize(values: Tensor, scales: Tensor, bits: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    weight = torch.empty(values.shape[0], num_inputs, dtype=dtype)
+    given = (values.contiguous(), scales.contiguous(), weight)
+    native.run_cpp("dequantize", dtype, *given, *weight.shape, scales.shape[1], bits)
+    return weight
+
+
+# In order of preference.
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 quantized_linear_forward = define(
     "quantized_linear_forward(Tensor x, Tensor values, Tensor scales, Tensor? bias, int bits, str backend) -> Tensor",
