@@ -56,6 +56,32 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
     assert_as_accurate(out, decode_attention_reference(*low), decode_attention_reference(*exact))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_caches_keep_their_accuracy(dtype):
+    given = inputs(lengths=(4096,), size=4097, heads=2, key_heads=1, dim=32, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 1e4, 0.5)
+    low, exact = copies(given), copies(given, torch.float64)
+    out = ops.decode_attention(*given, backend="cpp")
+    assert_as_accurate(out, decode_attention_reference(*low), decode_attention_reference(*exact))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_other_rows_nor_addresses_matter(dtype):
+    given = inputs(lengths=(300, 90), size=301, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 1e4, 0.5)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.decode_attention(*copies(given), backend="cpp"))
+    torch.set_num_threads(threads)
+    moved = [torch.empty(t.numel() + 1, dtype=dtype)[1:].view(t.shape).copy_(t) for t in given[:5]]
+    results.append(ops.decode_attention(*moved, given[5], backend="cpp"))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    alone = ops.decode_attention(*(t[1:] for t in copies(given)), backend="cpp")
+    assert torch.equal(alone, results[0][1:])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_of_steps_is_causal_attention(backend):
     q, k, v = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)

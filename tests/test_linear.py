@@ -111,3 +111,25 @@ def test_refuses_what_does_not_fit(x, weight, bias, message):
 def test_says_why_a_backend_cannot_run():
     with pytest.raises(ValueError, match="linear cannot run on 'cpp' .*17 rows are more than 16"):
         ops.linear(torch.zeros(17, 3), torch.zeros(4, 3), backend="cpp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_addresses_matter(dtype):
+    x, weight, bias = inputs(rows=(7,), outputs=301, size=333, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", x, weight, bias)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.linear(x, weight, bias, backend="cpp"))
+    torch.set_num_threads(threads)
+    moved = [torch.empty(t.numel() + 1, dtype=dtype)[1:].view(t.shape).copy_(t) for t in (x, weight, bias)]
+    results.append(ops.linear(*moved, backend="cpp"))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sums_keep_their_accuracy(dtype):
+    given = inputs(rows=(2,), outputs=8, size=65536, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given)
+    assert_matches(partial(ops.linear, backend="cpp"), linear_reference, *given)
