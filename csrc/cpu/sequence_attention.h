@@ -29,7 +29,8 @@ struct Attention {
 
   int64_t group() const { return heads / std::max<int64_t>(kv_heads, 1); }
   bool parallel() const {
-    return batch * heads * queries * keys / std::max<int64_t>(sequences, 1) * head_dim >= kParallelWork;
+    const int64_t times = bounds ? std::max<int64_t>(sequences, 1) : 1;
+    return batch * heads * queries * keys / times * head_dim >= kParallelWork;
   }
   // Parts of a sequence's queries or keys.
   int64_t parts(int64_t tokens) const {
@@ -91,8 +92,8 @@ VLCORE_INLINE const T* row_of(const Heads& tensor, int64_t row, int64_t token, i
 }
 
 // Scores are kept in natural units. In float32 the scale goes into the queries, so that a query that sees one key finds
-// in its backward the very score that is its lse; bfloat16 queries would lose by it, unless the scale turns scores
-// round.
+// in its backward the very score that is its lse; bfloat16 queries would lose by it, and take the
+// scale only where it is not positive, as maxima are sought before it.
 template <typename O>
 struct Scaling {
   explicit Scaling(float scale)

@@ -3,7 +3,6 @@
 //
 // With P the probabilities and D = rowsum(grad_out * out): dV = P^T dO, dS = P * (dO V^T - D), dQ = scale * dS K and
 // dK = scale * dS^T Q, all turned back by their positions.
-
 namespace vlcore::VLCORE_LEVEL {
 
 // A multiple of every Panel::kRows, and even.

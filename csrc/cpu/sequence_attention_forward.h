@@ -1,5 +1,4 @@
 // The forward of sequence attention: blocks of queries, tiles of keys, online softmax. Read once per level.
-
 namespace vlcore::VLCORE_LEVEL {
 
 constexpr int64_t kBlockRows = 96;
