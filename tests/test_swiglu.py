@@ -78,3 +78,13 @@ def test_compiles_without_graph_breaks():
 def test_refuses_what_does_not_fit(up, message):
     with pytest.raises(ValueError, match=f"swiglu: {message}"):
         ops.swiglu(torch.zeros(2, 8), up)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_large_output(offset):
+    """It is written past the caches, but for the end, and where it does not start on a boundary."""
+    gate, up = random(2**20 + 8197), random(2**20 + 8197)
+    skip_if_refused(KERNELS, "cpp", gate, up)
+    y = torch.empty(gate.numel() + offset)[offset:]
+    native.run_cpp("swiglu_forward", gate.dtype, gate, up, y, y.numel())
+    torch.testing.assert_close(y, swiglu_reference(gate, up))

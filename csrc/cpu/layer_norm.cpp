@@ -24,17 +24,15 @@ namespace vlcore::VLCORE_LEVEL {
 template <typename T>
 static void layer_norm_row(const T* x, const T* weight, const T* bias, T* y, float& mean, float& rstd, int64_t cols,
                            float eps) {
-  Vec sum = {};
-  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED { sum += load(x + col, lanes); });
+  const Vec sum = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED { return load(x + col, lanes); });
   mean = reduce_add(sum) / static_cast<float>(cols);
   // The deviations' squares in a second pass: E[x^2] - mean^2 would cancel.
   float squares = 0.f;
-  Vec whole_squares = {};
   const int64_t whole = cols / kLanes * kLanes;
-  for (int64_t col = 0; col < whole; col += kLanes) {
-    const Vec deviation = load(x + col) - mean;
-    whole_squares += deviation * deviation;
-  }
+  const Vec whole_squares = sum_vecs(whole, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    const Vec deviation = load(x + col, lanes) - mean;
+    return deviation * deviation;
+  });
   for (int64_t col = whole; col < cols; ++col) {
     const float deviation = static_cast<float>(x[col]) - mean;
     squares += deviation * deviation;

@@ -6,10 +6,9 @@ constexpr int64_t kParallelElements = 1 << 15;
 
 template <typename T>
 static float rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float eps) {
-  Vec squares = {};
-  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+  const Vec squares = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec value = load(x + col, lanes);
-    squares += value * value;
+    return value * value;
   });
   const float rstd = 1.f / std::sqrt(reduce_add(squares) / static_cast<float>(cols) + eps);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
@@ -30,9 +29,8 @@ static void add_row(const T* x, const T* residual, T* total, int64_t cols) {
 template <typename T>
 static void rms_norm_backward_row(const T* grad_y, const T* extra, const T* x, const T* weight, float rstd, T* grad_x,
                                   float* grad_weight, int64_t cols) {
-  Vec products = {};
-  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
-    products += load(grad_y + col, lanes) * load(weight + col, lanes) * load(x + col, lanes);
+  const Vec products = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    return load(grad_y + col, lanes) * load(weight + col, lanes) * load(x + col, lanes);
   });
   const float mean = reduce_add(products) * rstd / static_cast<float>(cols);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {

@@ -29,9 +29,15 @@ VLCORE_INLINE Vec load(const float* from) {
 }
 
 VLCORE_INLINE Vec load(const bfloat16* from) {
+#if VLCORE_LANES == 16
+  // The compiler would widen in two halves.
+  const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(given), 16));
+#else
   HalfVec half;
   std::memcpy(&half, from, sizeof half);
   return from_bits(__builtin_convertvector(half, IntVec) << 16);
+#endif
 }
 
 VLCORE_INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
@@ -45,6 +51,22 @@ VLCORE_INLINE void store(bfloat16* to, Vec v) {
   const IntVec rounded = ((wide + 0x7fff + ((wide >> 16) & 1)) >> 16) & 0xffff;
   const HalfVec half = __builtin_convertvector(v == v ? rounded : IntVec{} + 0x7fc0, HalfVec);
   std::memcpy(to, &half, sizeof half);
+#endif
+}
+
+// As store, past the caches: a large output is not read in first, only to be overwritten. `to` is on a boundary of 64
+// bytes; fence_streams() comes last.
+VLCORE_INLINE void stream(float* to, Vec v) {
+#if VLCORE_LANES == 16
+  _mm512_stream_ps(to, (__m512)v);
+#else
+  store(to, v);
+#endif
+}
+
+VLCORE_INLINE void fence_streams() {
+#if VLCORE_LANES == 16
+  _mm_sfence();
 #endif
 }
 
@@ -93,6 +115,20 @@ VLCORE_INLINE void for_vecs(int64_t size, const Step& step) {
   const int64_t whole = size / kLanes * kLanes;
   for (int64_t at = 0; at < whole; at += kLanes) step(at, AllLanes{});
   if (whole < size) step(whole, size - whole);
+}
+
+// The sum of term(at, lanes) over `size` elements, in several chains: one would wait for each addition to end.
+template <typename Term>
+VLCORE_INLINE Vec sum_vecs(int64_t size, const Term& term) {
+  constexpr int kChains = 4;
+  Vec sums[kChains] = {};
+  const int64_t unrolled = size / (kChains * kLanes) * (kChains * kLanes);
+  for (int64_t at = 0; at < unrolled; at += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) sums[chain] += term(at + chain * kLanes, AllLanes{});
+  }
+  for_vecs(size - unrolled, [&](int64_t at, auto lanes) VLCORE_INLINED { sums[0] += term(unrolled + at, lanes); });
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 VLCORE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }

@@ -1,18 +1,33 @@
 // The gate of SwiGLU, for the operators that apply it. Read once per level.
 namespace vlcore::VLCORE_LEVEL {
 
+// 1 / x to an ulp, or for what is rounded to T = bfloat16 afterwards to 2^-14 of it.
+template <typename T>
+VLCORE_INLINE Vec reciprocal(Vec x) {
+#if VLCORE_LANES == 16
+  if constexpr (std::is_same_v<T, bfloat16>) return (Vec)_mm512_rcp14_ps((__m512)x);
+#endif
+  return 1.f / x;
+}
+
 // Clamped so that 2^x stays finite: what is left of the sigmoid there is 0 in float32 anyway.
+template <typename T>
 VLCORE_INLINE Vec sigmoid(Vec x) {
   const Vec power = x * -kLog2E;
-  return 1.f / (1.f + exp2(power > 126.f ? broadcast(126.f) : power));
+  return reciprocal<T>(1.f + exp2(power > 126.f ? broadcast(126.f) : power));
+}
+
+// silu(gate) * up, of a vector or the first `lanes` of one.
+template <typename T, typename Lanes>
+VLCORE_INLINE Vec swiglu_vec(const T* gate, const T* up, Lanes lanes) {
+  const Vec value = load(gate, lanes);
+  return value * sigmoid<T>(value) * load(up, lanes);
 }
 
 template <typename T>
 static void swiglu_row(const T* gate, const T* up, T* y, int64_t size) {
-  for_vecs(size, [&](int64_t at, auto lanes) VLCORE_INLINED {
-    const Vec value = load(gate + at, lanes);
-    store(y + at, value * sigmoid(value) * load(up + at, lanes), lanes);
-  });
+  for_vecs(size,
+           [&](int64_t at, auto lanes) VLCORE_INLINED { store(y + at, swiglu_vec(gate + at, up + at, lanes), lanes); });
 }
 
 }  // namespace vlcore::VLCORE_LEVEL

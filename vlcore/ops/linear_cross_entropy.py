@@ -133,6 +133,11 @@ def _cpp_refusals(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
     return native.cpp_refusals(hidden)
 
 
+def _cpp_worthwhile(hidden: Tensor, weight: Tensor, labels: Tensor) -> bool:
+    # Fewer logits than these stay in a cache, and one product of them all costs fewer calls.
+    return labels.numel() * weight.shape[0] >= 2**20
+
+
 @torch.no_grad()
 def _cpp_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, needs_weight):
     supervised = (labels != ignore_index).nonzero()[:, 0]
@@ -217,7 +222,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 # In order of preference; without backwards, as a forward gives the gradients.
-KERNELS = {"cpp": Kernel(_cpp_forward, None, _cpp_refusals)}
+KERNELS = {"cpp": Kernel(_cpp_forward, None, _cpp_refusals, _cpp_worthwhile)}
 
 
 def _torch_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, needs_weight):
