@@ -1,4 +1,5 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <tuple>
 #include <utility>
@@ -78,10 +79,12 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "swiglu_forward", vlcore::swiglu_forward);
   bind(m, "swiglu_backward", vlcore::swiglu_backward);
   bind(m, "rel_pos_attention_forward", vlcore::rel_pos_attention_forward);
+  bind(m, "rel_pos_attention_backward", vlcore::rel_pos_attention_backward);
   bind(m, "window_attention_forward", vlcore::window_attention_forward);
   bind(m, "apply_rope", vlcore::apply_rope);
   bind(m, "attention_forward", vlcore::attention_forward);
   bind(m, "attention_backward", vlcore::attention_backward);
+  bind(m, "window_attention_backward", vlcore::window_attention_backward);
   bind(m, "linear_forward", vlcore::linear_forward);
   bind(m, "quantized_linear_forward", vlcore::quantized_linear_forward);
   bind(m, "dequantize", vlcore::dequantize);

@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <cstdint>
 
 // Kernels on raw pointers: no torch, no Python. All matrices are row-major and contiguous unless strides are given.
@@ -14,6 +15,9 @@ struct Target {
   DType dtype;
   Level level;
 };
+
+// Elements from batch to batch, head to head and token to token.
+using TokenStrides = std::array<int64_t, 3>;
 
 // The highest level of this machine.
 Level best_level();
@@ -48,18 +52,34 @@ void swiglu_forward(const void* gate, const void* up, void* y, int64_t size, Tar
 void swiglu_backward(const void* grad_y, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t size,
                      Target target);
 
-// SAM's attention with decomposed relative positions: q, k, v, out (heads, height * width, head_dim), tables
-// (2 * height - 1, head_dim) and (2 * width - 1, head_dim); lse (heads, height * width) is the logarithm of each
-// softmax's denominator.
+// SAM's attention with decomposed relative positions: q, k, v, out (batch, heads, height * width, head_dim), each with
+// strides of its own and rows that are contiguous; tables (2 * height - 1, head_dim) and (2 * width - 1, head_dim).
+// statistics (batch, heads, height * width, 2) are for the backward: the maximum that a softmax is taken relative to,
+// in the unit of its kernel, and its sum.
 void rel_pos_attention_forward(const void* q, const void* k, const void* v, const void* rel_pos_h,
-                               const void* rel_pos_w, void* out, float* lse, int64_t heads, int64_t height,
-                               int64_t width, int64_t head_dim, Target target);
+                               const void* rel_pos_w, void* out, float* statistics, TokenStrides q_strides,
+                               TokenStrides k_strides, TokenStrides v_strides, TokenStrides out_strides, int64_t batch,
+                               int64_t heads, int64_t height, int64_t width, int64_t head_dim, Target target);
+
+// Gradients are contiguous, and sums do not depend on the number of threads.
+void rel_pos_attention_backward(const void* grad_out, const void* q, const void* k, const void* v,
+                                const void* rel_pos_h, const void* rel_pos_w, const void* out, const float* statistics,
+                                void* grad_q, void* grad_k, void* grad_v, void* grad_rel_pos_h, void* grad_rel_pos_w,
+                                TokenStrides grad_out_strides, TokenStrides q_strides, TokenStrides k_strides,
+                                TokenStrides v_strides, TokenStrides out_strides, int64_t batch, int64_t heads,
+                                int64_t height, int64_t width, int64_t head_dim, Target target);
 
 // The same within windows: qkv (batch, height, width, 3, heads, head_dim), qkv_bias (3, heads, head_dim) or null, out
-// (batch, height, width, heads, head_dim), lse (batch, heads, height, width).
+// (batch, height, width, heads, head_dim), statistics (batch, heads, height, width, 2). The gradient of a null bias is
+// that of the zeros in its place.
 void window_attention_forward(const void* qkv, const void* qkv_bias, const void* rel_pos_h, const void* rel_pos_w,
-                              void* out, float* lse, int64_t batch, int64_t height, int64_t width, int64_t heads,
+                              void* out, float* statistics, int64_t batch, int64_t height, int64_t width, int64_t heads,
                               int64_t head_dim, int64_t window, Target target);
+void window_attention_backward(const void* grad_out, const void* qkv, const void* qkv_bias, const void* rel_pos_h,
+                               const void* rel_pos_w, const void* out, const float* statistics, void* grad_qkv,
+                               void* grad_qkv_bias, void* grad_rel_pos_h, void* grad_rel_pos_w, int64_t batch,
+                               int64_t height, int64_t width, int64_t heads, int64_t head_dim, int64_t window,
+                               Target target);
 
 // A tensor (batch, tokens, heads, head_dim): its strides in elements; those of a head are contiguous.
 struct Heads {

@@ -1,185 +1,362 @@
-// Attention over a grid with decomposed relative positions, for the operators that do it on a whole map or in windows.
-// Read once per level.
+// Attention over a grid with decomposed relative positions, for the operators that do it on a whole map or in windows:
+// what forward and backward share, and the forward. docs/rel_pos_attention.md derives both. Read once per level.
 //
-// A tile of keys is a whole number of image rows, about 64 keys. Scores are kept times log2(e), so that the softmax is
-// exp2: t = s * scale + rel_w is one FMA, as rel_w is the same for every tile, and rel_h joins the running maximum.
+// Keys are laid out by lanes: each image row begins on a vector, so that a vector of scores needs one rel_h, and a
+// vector of rel_w that is the same in every image row.
 namespace vlcore::VLCORE_LEVEL {
 
-constexpr int64_t kBlockRows = 48;
+// Queries that are computed together; a multiple of every level's kRows.
+constexpr int64_t kBlockRows = 96;
 
 struct Grid {
   int64_t height, width, head_dim;
 
   int64_t tokens() const { return height * width; }
-  int64_t rows_per_tile() const { return std::min(std::max<int64_t>(64 / width, 1), height); }
-  int64_t tile_keys() const { return rows_per_tile() * width; }
-  int64_t num_tiles() const { return (height + rows_per_tile() - 1) / rows_per_tile(); }
+  int64_t row_lanes() const { return round_up(width, kLanes); }
+  int64_t lanes() const { return height * row_lanes(); }
+  float scale() const { return 1.f / std::sqrt(static_cast<float>(head_dim)); }
 };
 
-// Queries that are computed together: where each is read and written, and where it stands.
-template <typename T>
-struct Queries {
-  int64_t count = 0;
-  const T* q[kBlockRows];
-  T* out[kBlockRows];
-  float* lse[kBlockRows];
-  int64_t y[kBlockRows], x[kBlockRows];
+// What scores are kept times. With log2(e) the softmax is exp2; in float32 the rounding of that product would be seen
+// where scores are large, so there it waits until the maximum is off.
+template <typename O>
+constexpr float kLogUnit = std::is_same_v<O, bfloat16> ? kLog2E : 1.f;
 
-  void add(const T* from, T* to, float* statistic, int64_t row, int64_t column) {
-    q[count] = from, out[count] = to, lse[count] = statistic, y[count] = row, x[count] = column;
-    ++count;
+// One query: what it reads and writes, and where it stands. The statistics of its softmax are the maximum that it is
+// taken relative to, and its sum. The backward reads `out` and them.
+template <typename T>
+struct Query {
+  const T* q;
+  T* out;
+  float* statistics;
+  int64_t y, x;
+  const T* grad_out;
+  T* grad_q;
+};
+
+// Work is cut by the shape alone, so that no sum depends on the number of threads: chunks that threads take, each of a
+// run of units, and units of a head's queries, which are cut where there are few heads.
+constexpr int64_t kMaxChunks = 64, kFewHeads = 24;
+
+inline int64_t cut(int64_t size, int64_t pieces, int64_t index) { return size * index / pieces; }
+
+// Below this many products, waking a thread costs more than it brings.
+constexpr int64_t kParallelProducts = 1 << 18;
+
+// Calls block(first, count) for all `count` queries, in blocks of about one size.
+template <typename Block>
+static void for_blocks(int64_t count, const Block& block) {
+  const int64_t num_blocks = (count + kBlockRows - 1) / kBlockRows;
+  for (int64_t index = 0; index < num_blocks; ++index) {
+    const int64_t first = cut(count, num_blocks, index);
+    block(first, cut(count, num_blocks, index + 1) - first);
   }
-};
-
-// Keys and values of one head, and the tables of positions, packed for tile.h.
-template <typename O>
-struct PackedGrid {
-  const O *keys, *values, *table_h, *table_w;
-};
-
-template <typename O>
-static int64_t packed_keys_size(const Grid& grid) {
-  return packed_size<O>(grid.head_dim, grid.tile_keys());
 }
 
+// Keys or values by lane: row(y, x) is that of a key; where none stands the row is null.
+template <typename T, typename Row>
+static std::vector<const T*> rows_by_lane(const Grid& grid, const Row& row) {
+  std::vector<const T*> rows(grid.lanes());
+  for (int64_t y = 0; y < grid.height; ++y) {
+    for (int64_t x = 0; x < grid.width; ++x) rows[y * grid.row_lanes() + x] = row(y, x);
+  }
+  return rows;
+}
+
+// Rows by lane, packed for the products that sum over head_dim (columns) and for those that sum over keys (rows), by
+// panels of kWidth lanes.
 template <typename O>
-static int64_t packed_values_size(const Grid& grid) {
-  return packed_size<O>(grid.tile_keys(), grid.head_dim);
-}
-
-template <typename O, typename T>
-static void pack_tile(const T* k, const T* v, const Grid& grid, int64_t tile, O* keys, O* values) {
-  const int64_t first = tile * grid.tile_keys();
-  const int64_t count = std::min(grid.tile_keys(), grid.tokens() - first), dim = grid.head_dim;
-  pack_transposed(k + first * dim, dim, dim, count, keys + tile * packed_keys_size<O>(grid));
-  pack(v + first * dim, dim, count, dim, values + tile * packed_values_size<O>(grid));
-}
-
-// What a thread needs to attend with a block of queries.
-template <typename T>
-class GridScratch {
-  using O = Operand<T>;
-
+class PackedLanes {
  public:
-  explicit GridScratch(const Grid& grid)
-      : tile_stride(padded_cols<O>(grid.tile_keys())),
-        q_stride(padded_depth<O>(grid.head_dim)),
-        out_stride(padded_cols<O>(grid.head_dim)),
-        offsets_stride(padded_cols<O>(2 * std::max(grid.height, grid.width) - 1)),
-        q(kBlockRows * q_stride),
-        probabilities(Panel<O>::kRows * tile_stride),
-        scores(Panel<O>::kRows * tile_stride),
-        offsets(Panel<O>::kRows * offsets_stride),
-        rel_h(kBlockRows * grid.height),
-        rel_w(kBlockRows * tile_stride),
-        out(kBlockRows * out_stride) {}
+  PackedLanes(const Grid& grid, bool has_columns, bool has_rows)
+      : num_panels((grid.lanes() + kWidth - 1) / kWidth),
+        depth_(grid.head_dim),
+        columns_(has_columns ? num_panels * packed_size<O>(depth_, kWidth) : 0),
+        rows_(has_rows ? num_panels * packed_size<O>(kWidth, depth_) : 0),
+        has_columns_(has_columns),
+        has_rows_(has_rows) {}
 
-  const int64_t tile_stride, q_stride, out_stride, offsets_stride;
-  const Scratch<O> q, probabilities;
-  const Scratch<float> scores, offsets, rel_h, rel_w, out;
+  template <typename T>
+  void pack(const std::vector<const T*>& rows) {
+    const int64_t lanes = rows.size();
+    if (has_columns_) pack_columns([&](int64_t lane) { return rows[lane]; }, depth_, lanes, columns_.get());
+    for (int64_t panel = 0; has_rows_ && panel < num_panels; ++panel) {
+      const auto row = [&, first = panel * kWidth](int64_t lane) { return rows[first + lane]; };
+      pack_rows(row, std::min(kWidth, lanes - panel * kWidth), depth_,
+                rows_.get() + panel * packed_size<O>(kWidth, depth_));
+    }
+  }
+  const O* columns(int64_t panel) const { return columns_.get() + panel * packed_size<O>(depth_, kWidth); }
+  const O* rows(int64_t panel) const { return rows_.get() + panel * packed_size<O>(kWidth, depth_); }
+
+  static constexpr int64_t kWidth = Panel<O>::kWidth;
+  const int64_t num_panels;
+
+ private:
+  const int64_t depth_;
+  const Scratch<O> columns_, rows_;
+  const bool has_columns_, has_rows_;
 };
 
-// rel_h (count, Y) and rel_w (count, tile), times log2(e); a column of the tile that holds no key gets -inf.
-template <typename T>
-static void relative_positions(const Queries<T>& queries, const PackedGrid<Operand<T>>& packed, const Grid& grid,
-                               const GridScratch<T>& scratch) {
-  constexpr int kRows = Panel<Operand<T>>::kRows;
-  const float* offsets = scratch.offsets.get();
-  for (int64_t first = 0; first < queries.count; first += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, queries.count - first);
-    const auto* q = scratch.q.get() + first * scratch.q_stride;
-    multiply(q, scratch.q_stride, packed.table_h, rows, 2 * grid.height - 1, scratch.q_stride, nullptr,
-             scratch.offsets.get(), scratch.offsets_stride);
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* nearest = offsets + row * scratch.offsets_stride + queries.y[first + row] + grid.height - 1;
-      float* rel_h = scratch.rel_h.get() + (first + row) * grid.height;
-      for (int64_t y = 0; y < grid.height; ++y) rel_h[y] = nearest[-y] * kLog2E;
-    }
-    multiply(q, scratch.q_stride, packed.table_w, rows, 2 * grid.width - 1, scratch.q_stride, nullptr,
-             scratch.offsets.get(), scratch.offsets_stride);
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* nearest = offsets + row * scratch.offsets_stride + queries.x[first + row] + grid.width - 1;
-      float* rel_w = scratch.rel_w.get() + (first + row) * scratch.tile_stride;
-      for (int64_t key = 0; key < grid.tile_keys(); ++key) rel_w[key] = nearest[-(key % grid.width)] * kLog2E;
-      for (int64_t key = grid.tile_keys(); key < scratch.tile_stride; ++key) rel_w[key] = -INFINITY;
-    }
-  }
-}
-
-// One query and one tile of the online softmax: scores become probabilities relative to the running maximum.
-// Returns the factor by which what was summed before shrinks.
+// A table of positions, last row first: then what a query at `place` adds to keys 0, 1, ... stands in the columns
+// size - 1 - place and on.
 template <typename O>
-VLCORE_INLINE float softmax_tile(float* scores, const float* rel_w, const float* rel_h, int64_t num_rows, int64_t width,
-                                 int64_t stride, float scale, O* probabilities, float& maximum_so_far, float& sum) {
-  Vec largest = broadcast(-INFINITY);
-  const float rel = num_rows == 1 ? rel_h[0] : 0.f;
-  for (int64_t key = 0; key < stride; key += kLanes) {
-    const Vec t = load(scores + key) * scale + load(rel_w + key);
-    store(scores + key, t);
-    largest = maximum(largest, t);
+struct PackedTable {
+  template <typename T>
+  PackedTable(const T* table, int64_t size, int64_t head_dim)
+      : size(size),
+        num_offsets(2 * size - 1),
+        columns(packed_size<O>(head_dim, num_offsets)),
+        rows(packed_size<O>(num_offsets, head_dim)) {
+    const T* last = table + (num_offsets - 1) * head_dim;
+    pack_transposed(last, -head_dim, head_dim, num_offsets, columns.get());
+    pack(last, -head_dim, num_offsets, head_dim, rows.get());
   }
-  if (num_rows != 1) {
-    for (int64_t row = 0; row < num_rows; ++row) {
-      for (int64_t x = 0; x < width; ++x) scores[row * width + x] += rel_h[row];
+
+  const int64_t size, num_offsets;
+  const Scratch<O> columns, rows;
+};
+
+// A block of queries: q, and what their positions add to scores, rel_h (rows, Y) and rel_w (rows, w_stride), with a
+// last vector of -inf for what is no key. Rows behind the last query are zeros, up to whole groups of kRows.
+template <typename T>
+class QueryBlock {
+ public:
+  using O = Operand<T>;
+  static constexpr int kRows = Panel<O>::kRows;
+
+  explicit QueryBlock(const Grid& grid)
+      : grid(grid),
+        q_stride(padded_depth<O>(grid.head_dim)),
+        w_stride(grid.row_lanes() + kLanes),
+        out_stride(round_up(grid.head_dim, kLanes)),
+        q(kBlockRows * q_stride),
+        rel_h(kBlockRows * grid.height),
+        rel_w(kBlockRows * w_stride),
+        ones(kBlockRows),
+        offsets_stride_(round_up(2 * std::max(grid.height, grid.width) - 1, kLanes)),
+        offsets_(kRows * offsets_stride_) {
+    std::fill(ones.get(), ones.get() + kBlockRows, 1.f);
+    std::fill(rel_w.get(), rel_w.get() + kBlockRows * w_stride, -INFINITY);
+  }
+
+  void load_queries(const Query<T>* queries, int64_t count, const PackedTable<O>& table_h,
+                    const PackedTable<O>& table_w) {
+    rows = round_up(count, kRows);
+    std::memset(static_cast<void*>(q.get()), 0, rows * q_stride * sizeof(O));
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t d = 0; d < grid.head_dim; ++d) q.get()[row * q_stride + d] = convert<O>(queries[row].q[d]);
     }
-    // The last tile may hold fewer rows than rel_w is made for.
-    for (int64_t key = num_rows * width; key < stride; ++key) scores[key] = -INFINITY;
-    largest = broadcast(-INFINITY);
-    for (int64_t key = 0; key < stride; key += kLanes) largest = maximum(largest, load(scores + key));
+    const auto place = [&](int64_t row) { return row < count ? queries[row] : Query<T>{}; };
+    positions(table_h, rel_h.get(), grid.height, [&](int64_t row) { return place(row).y; });
+    positions(table_w, rel_w.get(), w_stride, [&](int64_t row) { return place(row).x; });
   }
-  const float next = std::max(maximum_so_far, reduce_max(largest) + rel);
-  const float shrink = std::exp2(maximum_so_far - next);
-  const Vec shift = broadcast(rel - next);
-  Vec total = {};
-  for (int64_t key = 0; key < stride; key += kLanes) {
-    const Vec p = exp2(load(scores + key) + shift);
-    store(probabilities + key, p);
-    total += p;
+
+  const Grid grid;
+  int64_t rows = 0;
+  const int64_t q_stride, w_stride, out_stride;
+  const Scratch<O> q;
+  const Scratch<float> rel_h, rel_w, ones;
+
+ private:
+  template <typename Place>
+  void positions(const PackedTable<O>& table, float* to, int64_t stride, const Place& place) {
+    for (int64_t first = 0; first < rows; first += kRows) {
+      multiply(q.get() + first * q_stride, q_stride, table.columns.get(), kRows, table.num_offsets, q_stride, nullptr,
+               offsets_.get(), offsets_stride_);
+      for (int64_t row = 0; row < kRows; ++row) {
+        const float* from = offsets_.get() + row * offsets_stride_ + table.size - 1 - place(first + row);
+        for (int64_t i = 0; i < table.size; ++i) to[(first + row) * stride + i] = from[i] * kLogUnit<O>;
+      }
+    }
   }
-  sum = sum * shrink + reduce_add(total);
-  maximum_so_far = next;
-  return shrink;
+
+  const int64_t offsets_stride_;
+  const Scratch<float> offsets_;
+};
+
+// Where the vectors of a panel stand in the grid. Behind the last, x is where rel_w holds -inf.
+template <typename O>
+struct Places {
+  Places(const Grid& grid, int64_t panel) {
+    for (int vec = 0; vec < Panel<O>::kVecs; ++vec) {
+      const int64_t lane = panel * Panel<O>::kWidth + vec * kLanes;
+      y[vec] = lane < grid.lanes() ? lane / grid.row_lanes() : 0;
+      x[vec] = lane < grid.lanes() ? lane % grid.row_lanes() : grid.row_lanes();
+      num_vecs += lane < grid.lanes();
+    }
+  }
+
+  int64_t y[Panel<O>::kVecs], x[Panel<O>::kVecs], num_vecs = 0;
+};
+
+// Calls run(num_vecs) with the number of a panel's vectors as a constant.
+template <typename O, typename Run>
+VLCORE_INLINE void for_num_vecs(const Places<O>& places, const Run& run) {
+  if (places.num_vecs == Panel<O>::kVecs) return run(std::integral_constant<int, Panel<O>::kVecs>{});
+  if (places.num_vecs == 1) return run(std::integral_constant<int, 1>{});
+  if constexpr (Panel<O>::kVecs == 4) {
+    if (places.num_vecs == 2) return run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 3>{});
+  }
 }
 
+// Scores of kRows queries and kVecs vectors of keys, times kLogUnit and less rel_h.
+template <int kVecs, typename T, int kRows>
+VLCORE_INLINE void score(const QueryBlock<T>& block, int64_t first, const Operand<T>* keys,
+                         const Places<Operand<T>>& places, Vec (&t)[kRows][kVecs]) {
+  multiply_in_registers(block.q.get() + first * block.q_stride, block.q_stride, Panel<Operand<T>>::kGrain, keys,
+                        block.q_stride, t);
+  const float* rel_w = block.rel_w.get() + first * block.w_stride;
+  const float scale = block.grid.scale() * kLogUnit<Operand<T>>;
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kVecs; ++vec) {
+      t[row][vec] = t[row][vec] * scale + load(rel_w + row * block.w_stride + places.x[vec]);
+    }
+  }
+}
+
+// exp of a score as far as an operand of a product holds it: bfloat16 rounds by 2^-9, this errs by 2^-13.
+template <typename O>
+VLCORE_INLINE Vec exp_of_score(Vec x) {
+#if defined(VLCORE_BF16_DOT)
+  if constexpr (std::is_same_v<O, bfloat16>) {
+    const Vec fraction = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Vec p = broadcast(7.802452147006989e-2f);
+    p = p * fraction + 2.2606715559959412e-1f;
+    p = p * fraction + 6.958335638046265e-1f;
+    p = p * fraction + 9.999251961708069e-1f;
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
+#endif
+  return exp(x);
+}
+
+// Stores neighbouring vectors as operands.
+template <int kVecs, typename O>
+VLCORE_INLINE void store_operands(O* to, const Vec (&from)[kVecs]) {
+#if defined(VLCORE_BF16_DOT)
+  if constexpr (std::is_same_v<O, bfloat16> && kVecs % 2 == 0) {
+#pragma GCC unroll 2
+    for (int vec = 0; vec < kVecs; vec += 2) {
+      _mm512_storeu_si512(to + vec * kLanes, (__m512i)_mm512_cvtne2ps_pbh((__m512)from[vec + 1], (__m512)from[vec]));
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int vec = 0; vec < kVecs; ++vec) store(to + vec * kLanes, from[vec]);
+}
+
+// A block of queries on its way through the keys: weighted values, and by lanes the sums of the softmax relative to
+// `maxima`, which rel_h has been lowered by.
 template <typename T>
-static void attend(const Queries<T>& queries, const PackedGrid<Operand<T>>& packed, const Grid& grid,
-                   const GridScratch<T>& scratch) {
+class ForwardBlock : public QueryBlock<T> {
+ public:
+  using O = Operand<T>;
+  using Base = QueryBlock<T>;
+  static constexpr int kRows = Base::kRows;
+
+  explicit ForwardBlock(const Grid& grid)
+      : Base(grid),
+        out(kBlockRows * Base::out_stride),
+        sums(kBlockRows * kLanes),
+        probabilities(kRows * Panel<O>::kWidth) {}
+
+  void start() {
+    std::memset(out.get(), 0, Base::rows * Base::out_stride * sizeof(float));
+    std::memset(sums.get(), 0, Base::rows * kLanes * sizeof(float));
+    std::fill(maxima, maxima + Base::rows, 0.f);
+  }
+
+  // Makes what `largest` (kRows vectors) holds the maxima of a group. What was summed before shrinks accordingly; in
+  // the first panel nothing was.
+  void raise_maxima(int64_t first, bool is_first_panel, const float* largest) {
+    for (int64_t row = first; row < first + kRows; ++row, largest += kLanes) {
+      const float rise = reduce_max(load(largest));
+      if (!std::isfinite(rise) || (rise <= 0.f && !is_first_panel)) continue;
+      maxima[row] += rise;
+      for (int64_t y = 0; y < Base::grid.height; ++y) Base::rel_h.get()[row * Base::grid.height + y] -= rise;
+      if (is_first_panel) continue;
+      const float shrink = std::exp(-rise / kLogUnit<O>);
+      store(sums.get() + row * kLanes, load(sums.get() + row * kLanes) * shrink);
+      for (int64_t d = 0; d < Base::out_stride; ++d) out.get()[row * Base::out_stride + d] *= shrink;
+    }
+  }
+
+  const Scratch<float> out, sums;
+  const Scratch<O> probabilities;
+  float maxima[kBlockRows];
+};
+
+// The maxima of a softmax rise only where a score is larger by this: larger probabilities are as accurate.
+constexpr float kHeadroom = 8.f;
+
+template <int kVecs, typename T>
+static void attend_group(ForwardBlock<T>& block, int64_t first, const Operand<T>* keys, const Operand<T>* values,
+                         const Places<Operand<T>>& places, bool is_first_panel) {
   using O = Operand<T>;
   constexpr int kRows = Panel<O>::kRows;
-  const int64_t dim = grid.head_dim;
-  for (int64_t row = 0; row < queries.count; ++row) {
-    O* q = scratch.q.get() + row * scratch.q_stride;
-    for (int64_t d = 0; d < dim; ++d) q[d] = convert<O>(queries.q[row][d]);
-    for (int64_t d = dim; d < scratch.q_stride; ++d) q[d] = O(0.f);
-  }
-  relative_positions(queries, packed, grid, scratch);
-  std::memset(scratch.out.get(), 0, kBlockRows * scratch.out_stride * sizeof(float));
-  float maxima[kBlockRows], sums[kBlockRows] = {}, shrinks[kRows];
-  std::fill(maxima, maxima + kBlockRows, -INFINITY);
-  const float scale = kLog2E / std::sqrt(static_cast<float>(dim));
-  for (int64_t tile = 0; tile < grid.num_tiles(); ++tile) {
-    const int64_t top = tile * grid.rows_per_tile(), num_rows = std::min(grid.rows_per_tile(), grid.height - top);
-    const int64_t keys = num_rows * grid.width, stride = padded_cols<O>(keys);
-    for (int64_t first = 0; first < queries.count; first += kRows) {
-      const int64_t rows = std::min<int64_t>(kRows, queries.count - first);
-      multiply(scratch.q.get() + first * scratch.q_stride, scratch.q_stride,
-               packed.keys + tile * packed_keys_size<O>(grid), rows, keys, scratch.q_stride, nullptr,
-               scratch.scores.get(), scratch.tile_stride);
-      for (int64_t row = 0; row < rows; ++row) {
-        shrinks[row] = softmax_tile(
-            scratch.scores.get() + row * scratch.tile_stride, scratch.rel_w.get() + (first + row) * scratch.tile_stride,
-            scratch.rel_h.get() + (first + row) * grid.height + top, num_rows, grid.width, stride, scale,
-            scratch.probabilities.get() + row * scratch.tile_stride, maxima[first + row], sums[first + row]);
-      }
-      multiply(scratch.probabilities.get(), scratch.tile_stride, packed.values + tile * packed_values_size<O>(grid),
-               rows, dim, padded_depth<O>(keys), shrinks, scratch.out.get() + first * scratch.out_stride,
-               scratch.out_stride);
+  Vec t[kRows][kVecs];
+  score(block, first, keys, places, t);
+  const float* rel_h = block.rel_h.get() + first * block.grid.height;
+  Vec largest[kRows];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+    largest[row] = t[row][0] + rel_h[row * block.grid.height + places.y[0]];
+#pragma GCC unroll 4
+    for (int vec = 1; vec < kVecs; ++vec) {
+      largest[row] = maximum(largest[row], t[row][vec] + rel_h[row * block.grid.height + places.y[vec]]);
     }
   }
-  for (int64_t row = 0; row < queries.count; ++row) {
-    const float* out = scratch.out.get() + row * scratch.out_stride;
-    for (int64_t d = 0; d < dim; ++d) queries.out[row][d] = convert<T>(out[d] / sums[row]);
-    *queries.lse[row] = (maxima[row] + std::log2(sums[row])) * kLn2;
+  Vec largest_of_all = largest[0];
+#pragma GCC unroll 8
+  for (int row = 1; row < kRows; ++row) largest_of_all = maximum(largest_of_all, largest[row]);
+  if (is_first_panel || reduce_max(largest_of_all) > kHeadroom) {
+    float by_lane[kRows * kLanes];
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) store(by_lane + row * kLanes, largest[row]);
+    block.raise_maxima(first, is_first_panel, by_lane);
+  }
+  float* sums = block.sums.get() + first * kLanes;
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+    Vec sum = {};
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kVecs; ++vec) {
+      t[row][vec] = exp_of_score<O>(t[row][vec] + rel_h[row * block.grid.height + places.y[vec]]);
+      sum += t[row][vec];
+    }
+    store(sums + row * kLanes, load(sums + row * kLanes) + sum);
+    store_operands(block.probabilities.get() + row * Panel<O>::kWidth, t[row]);
+  }
+  multiply_rows<kRows>(block.probabilities.get(), Panel<O>::kWidth, Panel<O>::kGrain, values, block.grid.head_dim,
+                       kVecs * kLanes, block.ones.get(), block.out.get() + first * block.out_stride, block.out_stride);
+}
+
+// Up to kBlockRows queries attend to all keys.
+template <typename T>
+static void attend(const Query<T>* queries, int64_t count, const PackedLanes<Operand<T>>& keys,
+                   const PackedLanes<Operand<T>>& values, const PackedTable<Operand<T>>& table_h,
+                   const PackedTable<Operand<T>>& table_w, ForwardBlock<T>& block) {
+  block.load_queries(queries, count, table_h, table_w);
+  block.start();
+  for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
+    const Places<Operand<T>> places(block.grid, panel);
+    for_num_vecs(places, [&](auto num_vecs) {
+      for (int64_t first = 0; first < block.rows; first += block.kRows) {
+        attend_group<num_vecs>(block, first, keys.columns(panel), values.rows(panel), places, panel == 0);
+      }
+    });
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    const float sum = reduce_add(load(block.sums.get() + row * kLanes));
+    const float* out = block.out.get() + row * block.out_stride;
+    for (int64_t d = 0; d < block.grid.head_dim; ++d) queries[row].out[d] = convert<T>(out[d] / sum);
+    queries[row].statistics[0] = block.maxima[row];
+    queries[row].statistics[1] = sum;
   }
 }
 

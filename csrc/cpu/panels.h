@@ -73,18 +73,13 @@ static void panels_of_rows(const O* rows, int64_t stride, int64_t depth, int64_t
   }
 }
 
-// C = start * C + A B, as multiply of tile.h, for panels that lie `panel_size` apart; of a last panel that is at most
-// half full, half is computed.
+// C = start * C + A B, as multiply of tile.h, for panels that lie `panel_size` apart.
 template <typename O>
 VLCORE_INLINE void multiply_panels(const O* a, int64_t a_stride, const O* panels, int64_t panel_size, int64_t rows,
                                    int64_t cols, int64_t depth, const float* start, float* c, int64_t c_stride) {
-  constexpr int kHalf = Panel<O>::kVecs / 2, kWidth = Panel<O>::kWidth;
+  constexpr int64_t kWidth = Panel<O>::kWidth;
   for (int64_t first = 0; first < cols; first += kWidth, panels += panel_size) {
-    if (cols - first <= kHalf * kLanes) {
-      multiply<kHalf>(a, a_stride, panels, rows, kWidth, depth, start, c + first, c_stride);
-    } else {
-      multiply(a, a_stride, panels, rows, kWidth, depth, start, c + first, c_stride);
-    }
+    multiply(a, a_stride, panels, rows, std::min(kWidth, cols - first), depth, start, c + first, c_stride);
   }
 }
 

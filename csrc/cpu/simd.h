@@ -153,12 +153,16 @@ VLCORE_INLINE float reduce_max(Vec v) {
 #endif
 }
 
-// 2^x to 2e-7 of it, for x <= 127; below -126 the result is 2^-126, or 0 below -150. A NaN stays one.
+// 2^x to 2e-7 of it, for x <= 127; below -126 the result is 2^-126 or less. A NaN stays one.
 VLCORE_INLINE Vec exp2(Vec x) {
+#if VLCORE_LANES == 16
+  const Vec fraction = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const Vec clamped = x < -126.f ? broadcast(-126.f) : x;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   const Vec shifted = clamped + 12582912.f;
   const Vec fraction = clamped - (shifted - 12582912.f);
+#endif
   Vec p = broadcast(1.535336188319500e-4f);
   p = p * fraction + 1.339887440266574e-3f;
   p = p * fraction + 9.618437357674640e-3f;
@@ -166,8 +170,12 @@ VLCORE_INLINE Vec exp2(Vec x) {
   p = p * fraction + 2.402264791363012e-1f;
   p = p * fraction + 6.931472028550421e-1f;
   p = p * fraction + 1.f;
+#if VLCORE_LANES == 16
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(x - fraction));
+#else
   const Vec power = from_bits(bits_of(p) + (bits_of(shifted) << 23));
   return x < -150.f ? Vec{} : power;
+#endif
 }
 
 constexpr float kLog2E = 1.44269504088896340736f;

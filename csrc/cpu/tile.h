@@ -50,50 +50,67 @@ VLCORE_INLINE O convert(T value) {
   }
 }
 
-// B[d][c] = from[d * stride + c].
-template <typename O, typename T>
-static void pack(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
+// B[d][c] = row(d)[c], where row(d) is null for a row of zeros.
+template <typename O, typename Row>
+static void pack_rows(const Row& row, int64_t depth, int64_t cols, O* to) {
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
   for (int64_t first = 0; first < cols; first += kWidth) {
     const int64_t width = std::min<int64_t>(kWidth, cols - first);
     for (int64_t d = 0; d < padded_depth<O>(depth); d += kGrain, to += kWidth * kGrain) {
-      for (int grain = 0; grain < kGrain; ++grain) {
-        const T* row = from + (d + grain) * stride + first;
-        const int64_t present = d + grain < depth ? width : 0;
-        for (int64_t c = 0; c < present; ++c) to[c * kGrain + grain] = convert<O>(row[c]);
-        for (int64_t c = present; c < kWidth; ++c) to[c * kGrain + grain] = O(0.f);
+      const auto *even = row(d), *odd = even;
+      if constexpr (kGrain == 2) odd = d + 1 < depth ? row(d + 1) : nullptr;
+      std::memset(static_cast<void*>(to), 0, kWidth * kGrain * sizeof(O));
+      if (kGrain == 2 && even && odd) {
+#pragma GCC ivdep
+        for (int64_t c = 0; c < width; ++c) {
+          to[2 * c] = convert<O>(even[first + c]);
+          to[2 * c + 1] = convert<O>(odd[first + c]);
+        }
+        continue;
       }
+      for (int64_t c = 0; even && c < width; ++c) to[c * kGrain] = convert<O>(even[first + c]);
+      for (int64_t c = 0; kGrain == 2 && odd && c < width; ++c) to[c * kGrain + 1] = convert<O>(odd[first + c]);
     }
   }
 }
 
-// B[d][c] = from[c * stride + d]: the rows of `from` become columns.
-template <typename O, typename T>
-static void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
+// B[d][c] = row(c)[d], where row(c) is null for a column of zeros.
+template <typename O, typename Row>
+static void pack_columns(const Row& row, int64_t depth, int64_t cols, O* to) {
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
   for (int64_t first = 0; first < cols; first += kWidth, to += padded_depth<O>(depth) * kWidth) {
-    const int64_t width = std::min<int64_t>(kWidth, cols - first);
-    for (int64_t c = 0; c < width; ++c) {
-      const T* row = from + (first + c) * stride;
-      for (int64_t d = 0; d < depth; ++d) to[(d / kGrain * kWidth + c) * kGrain + d % kGrain] = convert<O>(row[d]);
-      for (int64_t d = depth; d < padded_depth<O>(depth); ++d) {
-        to[(d / kGrain * kWidth + c) * kGrain + d % kGrain] = O(0.f);
+    for (int64_t c = 0; c < kWidth; ++c) {
+      const auto* from = first + c < cols ? row(first + c) : nullptr;
+      const int64_t present = from ? depth : 0, whole = present / kGrain * kGrain;
+      O* column = to + c * kGrain;
+      for (int64_t d = 0; d < whole; d += kGrain, column += kWidth * kGrain) {
+        for (int grain = 0; grain < kGrain; ++grain) column[grain] = convert<O>(from[d + grain]);
       }
-    }
-    for (int64_t c = width; c < kWidth; ++c) {
-      for (int64_t d = 0; d < padded_depth<O>(depth); ++d) to[(d / kGrain * kWidth + c) * kGrain + d % kGrain] = O(0.f);
+      for (int64_t d = whole; d < padded_depth<O>(depth); d += kGrain, column += kWidth * kGrain) {
+        for (int grain = 0; grain < kGrain; ++grain) {
+          column[grain] = d + grain < present ? convert<O>(from[d + grain]) : O(0.f);
+        }
+      }
     }
   }
 }
 
-// kRows rows of C and one panel: C = start * C + A B, where `start` has a factor for each row; null stands for 0.
-// A B is summed by itself first: the errors of long sums in float32 grow with what they begin from.
-// kVecs may be fewer vectors than a panel has: its first columns.
+template <typename O, typename T>
+static void pack(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
+  pack_rows([=](int64_t d) { return from + d * stride; }, depth, cols, to);
+}
+
+template <typename O, typename T>
+static void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
+  pack_columns([=](int64_t c) { return from + c * stride; }, depth, cols, to);
+}
+
+// kRows rows of A times kVecs vectors of a panel. An element of A at depth d stands d / kGrain * a_step behind its
+// row's first: with a_stride = kGrain and a_step = kWidth * kGrain, a packed panel is read as its transpose.
 template <int kRows, int kVecs, typename O>
-VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, int64_t depth, const float* start,
-                                  float* c, int64_t c_stride) {
-  constexpr int kWidth = Panel<O>::kWidth;
-  Vec sums[kRows][kVecs];
+VLCORE_INLINE void multiply_in_registers(const O* a, int64_t a_stride, int64_t a_step, const O* panel, int64_t depth,
+                                         Vec (&sums)[kRows][kVecs]) {
+  constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
@@ -101,14 +118,14 @@ VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, 
       sums[row][vec] = Vec{};
     }
   }
-  for (int64_t d = 0; d < depth; d += Panel<O>::kGrain) {
+  for (int64_t d = 0; d < depth; d += kGrain, a += a_step, panel += kWidth * kGrain) {
     if constexpr (std::is_same_v<O, float>) {
       Vec b[kVecs];
 #pragma GCC unroll 4
-      for (int vec = 0; vec < kVecs; ++vec) b[vec] = load(panel + d * kWidth + vec * kLanes);
+      for (int vec = 0; vec < kVecs; ++vec) b[vec] = load(panel + vec * kLanes);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
-        const Vec factor = broadcast(a[row * a_stride + d]);
+        const Vec factor = broadcast(a[row * a_stride]);
 #pragma GCC unroll 4
         for (int vec = 0; vec < kVecs; ++vec) sums[row][vec] += factor * b[vec];
       }
@@ -116,12 +133,11 @@ VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, 
 #if defined(VLCORE_BF16_DOT)
       __m512bh b[kVecs];
 #pragma GCC unroll 4
-      for (int vec = 0; vec < kVecs; ++vec)
-        b[vec] = (__m512bh)_mm512_loadu_si512(panel + d * kWidth + vec * 2 * kLanes);
+      for (int vec = 0; vec < kVecs; ++vec) b[vec] = (__m512bh)_mm512_loadu_si512(panel + vec * 2 * kLanes);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         int32_t pair;
-        std::memcpy(&pair, a + row * a_stride + d, sizeof pair);
+        std::memcpy(&pair, a + row * a_stride, sizeof pair);
         const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
         for (int vec = 0; vec < kVecs; ++vec) {
@@ -131,6 +147,15 @@ VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, 
 #endif
     }
   }
+}
+
+// kRows rows of C and kVecs vectors of columns: C = start * C + A B, where `start` has a factor for each row; null
+// stands for 0. A B is summed by itself first: the errors of long sums in float32 grow with what they begin from.
+template <int kRows, int kVecs, typename O>
+VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, int64_t a_step, const O* panel, int64_t depth,
+                                  const float* start, float* c, int64_t c_stride) {
+  Vec sums[kRows][kVecs];
+  multiply_in_registers(a, a_stride, a_step, panel, depth, sums);
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
@@ -141,33 +166,53 @@ VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, const O* panel, 
   }
 }
 
-// As multiply_panel, for 1..Panel<O>::kRows rows and all panels of `cols`, or their first kVecsOfPanel vectors. `depth`
-// is a padded one.
-template <int kVecsOfPanel = 0, typename O>
-static void multiply(const O* a, int64_t a_stride, const O* packed, int64_t rows, int64_t cols, int64_t depth,
-                     const float* start, float* c, int64_t c_stride) {
-  constexpr int kVecs = kVecsOfPanel ? kVecsOfPanel : Panel<O>::kVecs;
-  for (int64_t first = 0; first < cols; first += Panel<O>::kWidth, packed += depth * Panel<O>::kWidth) {
-    float* out = c + first;
-    switch (rows) {
-      case 6:
-        multiply_panel<6, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
-        break;
-      case 5:
-        multiply_panel<5, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
-        break;
-      case 4:
-        multiply_panel<4, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
-        break;
-      case 3:
-        multiply_panel<3, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
-        break;
-      case 2:
-        multiply_panel<2, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
-        break;
-      default:
-        multiply_panel<1, kVecs>(a, a_stride, packed, depth, start, out, c_stride);
+// As multiply_panel, for 1..Panel<O>::kRows rows and all panels of `cols`, of which whole vectors are written.
+// `depth` is a padded one.
+template <int kRows, typename O>
+static void multiply_rows(const O* a, int64_t a_stride, int64_t a_step, const O* packed, int64_t cols, int64_t depth,
+                          const float* start, float* c, int64_t c_stride) {
+  constexpr int kWidth = Panel<O>::kWidth, kVecs = Panel<O>::kVecs;
+  for (int64_t first = 0; first < cols; first += kWidth, packed += depth * kWidth, c += kWidth) {
+    const int64_t vecs = (cols - first + kLanes - 1) / kLanes;
+    if (vecs >= kVecs) {
+      multiply_panel<kRows, kVecs>(a, a_stride, a_step, packed, depth, start, c, c_stride);
+    } else if (vecs == 1) {
+      multiply_panel<kRows, 1>(a, a_stride, a_step, packed, depth, start, c, c_stride);
+    } else if (vecs == 2) {
+      multiply_panel<kRows, 2>(a, a_stride, a_step, packed, depth, start, c, c_stride);
+    } else {
+      multiply_panel<kRows, 3>(a, a_stride, a_step, packed, depth, start, c, c_stride);
     }
+  }
+}
+
+template <typename O>
+static void multiply(const O* a, int64_t a_stride, const O* packed, int64_t rows, int64_t cols, int64_t depth,
+                     const float* start, float* c, int64_t c_stride, int64_t a_step = Panel<O>::kGrain) {
+  switch (rows) {
+    case 6:
+      return multiply_rows<6>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+    case 5:
+      return multiply_rows<5>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+    case 4:
+      return multiply_rows<4>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+    case 3:
+      return multiply_rows<3>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+    case 2:
+      return multiply_rows<2>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+    default:
+      return multiply_rows<1>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+  }
+}
+
+// As multiply, for any number of rows.
+template <typename O>
+static void multiply_all(const O* a, int64_t a_stride, const O* packed, int64_t rows, int64_t cols, int64_t depth,
+                         const float* start, float* c, int64_t c_stride, int64_t a_step = Panel<O>::kGrain) {
+  constexpr int kRows = Panel<O>::kRows;
+  for (int64_t first = 0; first < rows; first += kRows) {
+    multiply(a + first * a_stride, a_stride, packed, std::min<int64_t>(kRows, rows - first), cols, depth,
+             start ? start + first : nullptr, c + first * c_stride, c_stride, a_step);
   }
 }
 

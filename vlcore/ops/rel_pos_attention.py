@@ -18,7 +18,6 @@ from vlcore.ops.dispatch import (
     choose,
     define,
     gradients,
-    needs_gradient,
     once_differentiable,
     statistics,
 )
@@ -111,21 +110,32 @@ def rel_pos_attention(
 
 
 class RelPosAttention(torch.autograd.Function):
-    """`rel_pos_attention` through its torch ops; lse is the logarithm of each softmax's denominator, (B, H, Y * X)."""
+    """`rel_pos_attention` through its torch ops; sums are each softmax's statistics, (B, H, Y * X, 2)."""
 
     @staticmethod
     def forward(ctx, q, k, v, rel_pos_h, rel_pos_w, height, width, backend):
-        inputs = [tensor.contiguous() for tensor in (q, k, v, rel_pos_h, rel_pos_w)]
-        out, lse = rel_pos_attention_forward(*inputs, height, width, backend)
-        ctx.save_for_backward(*inputs, out, lse)
+        tables = rel_pos_h.contiguous(), rel_pos_w.contiguous()
+        inputs = *(_with_whole_rows(tensor) for tensor in (q, k, v)), *tables
+        out, sums = rel_pos_attention_forward(*inputs, height, width, backend)
+        ctx.save_for_backward(*inputs, out, sums)
         ctx.numbers = (height, width, backend)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        grads = rel_pos_attention_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+        grads = rel_pos_attention_backward(_with_whole_rows(grad_out), *ctx.saved_tensors, *ctx.numbers)
         return *grads, None, None, None
+
+
+def _with_whole_rows(tensor: Tensor) -> Tensor:
+    """A tensor whose last dimension is contiguous: views of a fused projection stay what they are."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    """(B, H, T, D) with each token's heads side by side in memory, as the projection behind the attention reads them."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _torch_forward(q, k, v, rel_pos_h, rel_pos_w, height, width):
@@ -133,7 +143,7 @@ def _torch_forward(q, k, v, rel_pos_h, rel_pos_w, height, width):
     return out, statistics(q, (), TORCH)
 
 
-def _torch_backward(grad_out, q, k, v, rel_pos_h, rel_pos_w, out, lse, height, width):
+def _torch_backward(grad_out, q, k, v, rel_pos_h, rel_pos_w, out, sums, height, width):
     return gradients(
         lambda *inputs: rel_pos_attention_reference(*inputs, (height, width)),
         (q, k, v, rel_pos_h, rel_pos_w),
@@ -145,37 +155,45 @@ def _cpp_refusals(q, k, v, rel_pos_h, rel_pos_w, grid) -> list[str]:
     return native.cpp_refusals(q)
 
 
-def _cpp_worthwhile(q, k, v, rel_pos_h, rel_pos_w, grid) -> bool:
-    return not needs_gradient(q, k, v, rel_pos_h, rel_pos_w)
-
-
 def _cpp_forward(q, k, v, rel_pos_h, rel_pos_w, height, width):
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    sizes = (q.shape[0] * q.shape[1], height, width, q.shape[3])
-    native.run_cpp("rel_pos_attention_forward", q.dtype, q, k, v, rel_pos_h, rel_pos_w, out, lse, *sizes)
-    return out, lse
+    out, sums = _empty_output(q), q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
+    strides = (tensor.stride()[:3] for tensor in (q, k, v, out))
+    sizes = (*q.shape[:2], height, width, q.shape[3])
+    native.run_cpp("rel_pos_attention_forward", q.dtype, q, k, v, rel_pos_h, rel_pos_w, out, sums, *strides, *sizes)
+    return out, sums
 
 
-# In order of preference. The C++ backward is the reference's, so "auto" takes it for inference alone.
-KERNELS = {"cpp": Kernel(_cpp_forward, _torch_backward, _cpp_refusals, _cpp_worthwhile)}
+def _cpp_backward(grad_out, q, k, v, rel_pos_h, rel_pos_w, out, sums, height, width):
+    grads = _empty_gradients(q, k, v, rel_pos_h, rel_pos_w)
+    strides = (tensor.stride()[:3] for tensor in (grad_out, q, k, v, out))
+    given = (grad_out, q, k, v, rel_pos_h, rel_pos_w, out, sums, *grads)
+    sizes = (*q.shape[:2], height, width, q.shape[3])
+    native.run_cpp("rel_pos_attention_backward", q.dtype, *given, *strides, *sizes)
+    return grads
+
+
+def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+# In order of preference.
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 rel_pos_attention_forward = define(
     "rel_pos_attention_forward(Tensor q, Tensor k, Tensor v, Tensor rel_pos_h, Tensor rel_pos_w, SymInt height,"
-    " SymInt width, str backend) -> (Tensor out, Tensor lse)",
+    " SymInt width, str backend) -> (Tensor out, Tensor sums)",
     KERNELS,
     _torch_forward,
     fake=lambda q, k, v, rel_pos_h, rel_pos_w, height, width, backend: (
-        torch.empty_like(q),
-        statistics(q, q.shape[:3], backend),
+        q.new_empty(q.shape) if backend == TORCH else _empty_output(q),
+        statistics(q, (*q.shape[:3], 2), backend),
     ),
 )
 rel_pos_attention_backward = define(
     "rel_pos_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor rel_pos_h, Tensor rel_pos_w,"
-    " Tensor out, Tensor lse, SymInt height, SymInt width, str backend)"
+    " Tensor out, Tensor sums, SymInt height, SymInt width, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_rel_pos_h, Tensor grad_rel_pos_w)",
     KERNELS,
     _torch_backward,
-    fake=lambda grad_out, q, k, v, rel_pos_h, rel_pos_w, *rest: tuple(
-        torch.empty_like(tensor) for tensor in (q, k, v, rel_pos_h, rel_pos_w)
-    ),
+    fake=lambda grad_out, q, k, v, rel_pos_h, rel_pos_w, *rest: _empty_gradients(q, k, v, rel_pos_h, rel_pos_w),
 )

@@ -18,7 +18,6 @@ from vlcore.ops.dispatch import (
     choose,
     define,
     gradients,
-    needs_gradient,
     once_differentiable,
     statistics,
 )
@@ -98,13 +97,13 @@ def window_attention(
 
 
 class WindowAttention(torch.autograd.Function):
-    """`window_attention` through its torch ops; lse is the logarithm of each softmax's denominator, (B, H, Y, X)."""
+    """`window_attention` through its torch ops; sums are each softmax's statistics, (B, H, Y, X, 2)."""
 
     @staticmethod
     def forward(ctx, qkv, qkv_bias, rel_pos_h, rel_pos_w, window, backend):
         inputs = [None if tensor is None else tensor.contiguous() for tensor in (qkv, qkv_bias, rel_pos_h, rel_pos_w)]
-        out, lse = window_attention_forward(*inputs, window, backend)
-        ctx.save_for_backward(*inputs, out, lse)
+        out, sums = window_attention_forward(*inputs, window, backend)
+        ctx.save_for_backward(*inputs, out, sums)
         ctx.numbers = (window, backend)
         return out
 
@@ -122,7 +121,7 @@ def _torch_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window):
     return out, statistics(qkv, (), TORCH)
 
 
-def _torch_backward(grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, lse, window):
+def _torch_backward(grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, sums, window):
     if qkv_bias is None:
         qkv_bias = qkv.new_zeros(qkv.shape[3:])
     inputs = (qkv, qkv_bias, rel_pos_h, rel_pos_w)
@@ -132,32 +131,41 @@ def _torch_backward(grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, lse, win
 def _fake_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window, backend):
     batch, height, width, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, height, width, heads * head_dim)
-    return out, statistics(qkv, (batch, heads, height, width), backend)
+    return out, statistics(qkv, (batch, heads, height, width, 2), backend)
 
 
 def _cpp_refusals(qkv, qkv_bias, rel_pos_h, rel_pos_w, window) -> list[str]:
     return native.cpp_refusals(qkv)
 
 
-def _cpp_worthwhile(qkv, qkv_bias, rel_pos_h, rel_pos_w, window) -> bool:
-    return not needs_gradient(qkv, qkv_bias, rel_pos_h, rel_pos_w)
-
-
 def _cpp_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window):
     batch, height, width, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, height, width, heads * head_dim)
-    lse = qkv.new_empty(batch, heads, height, width, dtype=torch.float32)
+    sums = qkv.new_empty(batch, heads, height, width, 2, dtype=torch.float32)
     sizes = (batch, height, width, heads, head_dim, window)
-    native.run_cpp("window_attention_forward", qkv.dtype, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, lse, *sizes)
-    return out, lse
+    native.run_cpp("window_attention_forward", qkv.dtype, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, sums, *sizes)
+    return out, sums
 
 
-# In order of preference. The C++ backward is the reference's, so "auto" takes it for inference alone.
-KERNELS = {"cpp": Kernel(_cpp_forward, _torch_backward, _cpp_refusals, _cpp_worthwhile)}
+def _cpp_backward(grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, sums, window):
+    grads = _empty_gradients(qkv, rel_pos_h, rel_pos_w)
+    batch, height, width, _, heads, head_dim = qkv.shape
+    sizes = (batch, height, width, heads, head_dim, window)
+    given = (grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, sums, *grads)
+    native.run_cpp("window_attention_backward", qkv.dtype, *given, *sizes)
+    return grads
+
+
+def _empty_gradients(qkv, rel_pos_h, rel_pos_w):
+    return torch.empty_like(qkv), qkv.new_empty(qkv.shape[3:]), *(torch.empty_like(t) for t in (rel_pos_h, rel_pos_w))
+
+
+# In order of preference.
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 window_attention_forward = define(
     "window_attention_forward(Tensor qkv, Tensor? qkv_bias, Tensor rel_pos_h, Tensor rel_pos_w, SymInt window,"
-    " str backend) -> (Tensor out, Tensor lse)",
+    " str backend) -> (Tensor out, Tensor sums)",
     KERNELS,
     _torch_forward,
     fake=_fake_forward,
@@ -165,14 +173,9 @@ window_attention_forward = define(
 # The gradient of a bias that is None is that of the zeros in its place.
 window_attention_backward = define(
     "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor? qkv_bias, Tensor rel_pos_h, Tensor rel_pos_w,"
-    " Tensor out, Tensor lse, SymInt window, str backend)"
+    " Tensor out, Tensor sums, SymInt window, str backend)"
     " -> (Tensor grad_qkv, Tensor grad_qkv_bias, Tensor grad_rel_pos_h, Tensor grad_rel_pos_w)",
     KERNELS,
     _torch_backward,
-    fake=lambda grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, *rest: (
-        torch.empty_like(qkv),
-        qkv.new_empty(qkv.shape[3:]),
-        torch.empty_like(rel_pos_h),
-        torch.empty_like(rel_pos_w),
-    ),
+    fake=lambda grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, *rest: _empty_gradients(qkv, rel_pos_h, rel_pos_w),
 )

@@ -1,0 +1,292 @@
+// The backward of grid_attention.h: docs/rel_pos_attention.md derives it. Read once per level.
+//
+// A block of queries goes over all keys and keeps what is its own: grad_q, and the gradients of rel_h and rel_w, which
+// become those of the tables. The gradients of keys and values grow in memory, lane by lane.
+namespace vlcore::VLCORE_LEVEL {
+
+// Sums over queries: gradients of keys and values (lanes, stride), and of the tables, last row first.
+struct GridSums {
+  explicit GridSums(const Grid& grid)
+      : stride(round_up(grid.head_dim, kLanes)),
+        lanes_size(grid.lanes() * stride),
+        table_h_size((2 * grid.height - 1) * stride),
+        table_w_size((2 * grid.width - 1) * stride) {}
+
+  const int64_t stride, lanes_size, table_h_size, table_w_size;
+  float *keys = nullptr, *values = nullptr, *table_h = nullptr, *table_w = nullptr;
+};
+
+// Rows d and d + 1 of one vector of a packed panel.
+VLCORE_INLINE void store_packed(float* to, Vec even, Vec odd) {
+  store(to, even);
+  store(to + Panel<float>::kWidth, odd);
+}
+
+#if defined(VLCORE_BF16_DOT)
+VLCORE_INLINE void store_packed(bfloat16* to, Vec even, Vec odd) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleave, halves));
+}
+#endif
+
+// What a block of queries has besides: the gradient of its outputs and of its scores.
+template <typename T>
+class BackwardBlock : public QueryBlock<T> {
+ public:
+  using O = Operand<T>;
+  using Base = QueryBlock<T>;
+  static constexpr int kRows = Base::kRows;
+  static constexpr int64_t kWidth = Panel<O>::kWidth;
+  static constexpr bool kIsFloat = std::is_same_v<O, float>;
+
+  explicit BackwardBlock(const Grid& grid)
+      : Base(grid),
+        grad_out(kBlockRows * Base::q_stride),
+        packed_q(packed_size<O>(kBlockRows, grid.head_dim)),
+        packed_grad_out(packed_size<O>(kBlockRows, grid.head_dim)),
+        probabilities(kRows * kWidth),
+        packed_probabilities(kBlockRows * kWidth),
+        grad_scores(kRows * kWidth),
+        packed_grad_scores(kBlockRows * kWidth),
+        delta(kBlockRows),
+        delta_lanes(kBlockRows * kLanes),
+        sum_lanes(kBlockRows * kLanes),
+        factors(kBlockRows),
+        grad_q(kBlockRows * Base::out_stride),
+        grad_rel_h(kBlockRows * grid.height),
+        grad_rel_w(kBlockRows * Base::w_stride),
+        offsets_stride_(round_up(2 * std::max(grid.height, grid.width), 2)),
+        offsets_(kBlockRows * offsets_stride_),
+        packed_offsets_(packed_size<O>(kBlockRows, offsets_stride_)),
+        packed_out_(packed_size<O>(grid.head_dim, kRows)) {}
+
+  void load(const Query<T>* queries, int64_t count, const PackedTable<O>& table_h, const PackedTable<O>& table_w) {
+    Base::load_queries(queries, count, table_h, table_w);
+    const int64_t dim = Base::grid.head_dim, height = Base::grid.height, rows = Base::rows;
+    clear(grad_out, rows * Base::q_stride);
+    clear(delta, rows);
+    clear(delta_lanes, rows * kLanes);
+    clear(sum_lanes, rows * kLanes);
+    clear(grad_q, rows * Base::out_stride);
+    clear(grad_rel_h, rows * height);
+    clear(grad_rel_w, rows * Base::w_stride);
+    for (int64_t row = 0; row < count; ++row) {
+      const float maximum = queries[row].statistics[0], sum = queries[row].statistics[1];
+      // What score() gives becomes a probability by exp: in float32 up to a factor, as the rounding of the sum's
+      // logarithm would be seen.
+      const float subtracted = kIsFloat ? maximum : maximum + std::log2(sum);
+      for (int64_t y = 0; y < height; ++y) Base::rel_h.get()[row * height + y] -= subtracted;
+      for (int64_t d = 0; d < dim; ++d) grad_out.get()[row * Base::q_stride + d] = convert<O>(queries[row].grad_out[d]);
+    }
+    std::fill(factors.get(), factors.get() + rows, 1.f);
+    pack(Base::q.get(), Base::q_stride, rows, dim, packed_q.get());
+    pack(grad_out.get(), Base::q_stride, rows, dim, packed_grad_out.get());
+  }
+
+  // delta = grad_out . out, by the product that gives grad_out . v: where a softmax has one key they must cancel. In
+  // float32 the rounding of `out` would be seen where gradients are small, and delta_group corrects it.
+  void load_delta(const Query<T>* queries, int64_t count) {
+    for (int64_t first = 0; first < count; first += kRows) {
+      const auto out = [&](int64_t row) { return first + row < count ? queries[first + row].out : nullptr; };
+      pack_columns(out, Base::grid.head_dim, kRows, packed_out_.get());
+      float products[kRows * kWidth];
+      multiply_rows<kRows>(grad_out.get() + first * Base::q_stride, Base::q_stride, Panel<O>::kGrain, packed_out_.get(),
+                           kRows, Base::q_stride, nullptr, products, kWidth);
+      for (int row = 0; row < kRows; ++row) delta.get()[first + row] = products[row * kWidth + row];
+    }
+  }
+
+  // Adds what the queries' places give to grad_q, and to the sum of a table's gradient.
+  template <typename Place>
+  void add_positions(const float* grad, int64_t stride, const PackedTable<O>& table, float* grad_table, int64_t count,
+                     const Place& place) {
+    const int64_t rows = Base::rows, dim = Base::grid.head_dim, depth = padded_depth<O>(table.num_offsets);
+    clear(offsets_, rows * offsets_stride_);
+    for (int64_t row = 0; row < count; ++row) {
+      O* to = offsets_.get() + row * offsets_stride_ + table.size - 1 - place(row);
+      for (int64_t i = 0; i < table.size; ++i) to[i] = convert<O>(grad[row * stride + i]);
+    }
+    multiply_all(offsets_.get(), offsets_stride_, table.rows.get(), rows, dim, depth, Base::ones.get(), grad_q.get(),
+                 Base::out_stride);
+    pack(offsets_.get(), offsets_stride_, rows, table.num_offsets, packed_offsets_.get());
+    for (int64_t first = 0; first < table.num_offsets; first += kWidth) {
+      add_transposed(packed_offsets_.get() + first * rows, std::min(kWidth, table.num_offsets - first), packed_q.get(),
+                     grad_table + first * Base::out_stride);
+    }
+  }
+
+  // sums (num_rows, out_stride) += A^T B for a panel A (rows, kWidth) and a packed B (rows, head_dim).
+  void add_transposed(const O* a, int64_t num_rows, const O* b, float* sums) const {
+    multiply_all(a, Panel<O>::kGrain, b, num_rows, Base::grid.head_dim, Base::rows, Base::ones.get(), sums,
+                 Base::out_stride, kWidth * Panel<O>::kGrain);
+  }
+
+  const Scratch<O> grad_out, packed_q, packed_grad_out;
+  const Scratch<float> probabilities;
+  const Scratch<O> packed_probabilities, grad_scores, packed_grad_scores;
+  const Scratch<float> delta, delta_lanes, sum_lanes, factors, grad_q, grad_rel_h, grad_rel_w;
+
+ private:
+  template <typename Element>
+  static void clear(const Scratch<Element>& scratch, int64_t size) {
+    std::memset(static_cast<void*>(scratch.get()), 0, size * sizeof(Element));
+  }
+
+  const int64_t offsets_stride_;
+  const Scratch<O> offsets_, packed_offsets_, packed_out_;
+};
+
+// Probabilities of kRows queries and a panel of keys, and grad_out v^T.
+template <int kVecs, typename T, int kRows>
+VLCORE_INLINE void probabilities_and_gradients(const BackwardBlock<T>& block, int64_t first, const Operand<T>* keys,
+                                               const Operand<T>* values, const Places<Operand<T>>& places,
+                                               Vec (&grad)[kRows][kVecs]) {
+  using O = Operand<T>;
+  score(block, first, keys, places, grad);
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const float rel_h = block.rel_h.get()[(first + row) * block.grid.height + places.y[vec]];
+      Vec p = exp_of_score<O>(grad[row][vec] + rel_h);
+      if constexpr (BackwardBlock<T>::kIsFloat) p *= block.factors.get()[first + row];
+      store(block.probabilities.get() + row * Panel<O>::kWidth + vec * kLanes, p);
+    }
+  }
+  multiply_in_registers(block.grad_out.get() + first * block.q_stride, block.q_stride, Panel<O>::kGrain, values,
+                        block.q_stride, grad);
+}
+
+// Adds a panel's part of the sums of p and of p * (grad_out v^T - delta), by lanes.
+template <int kVecs, typename T>
+static void delta_group(BackwardBlock<T>& block, int64_t first, const Operand<T>* keys, const Operand<T>* values,
+                        const Places<Operand<T>>& places) {
+  constexpr int kRows = Panel<Operand<T>>::kRows, kWidth = Panel<Operand<T>>::kWidth;
+  Vec grad[kRows][kVecs];
+  probabilities_and_gradients(block, first, keys, values, places, grad);
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+    Vec sum = {}, products = {};
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const Vec p = load(block.probabilities.get() + row * kWidth + vec * kLanes);
+      sum += p;
+      products += p * (grad[row][vec] - block.delta.get()[first + row]);
+    }
+    float* sums = block.sum_lanes.get() + (first + row) * kLanes;
+    float* deltas = block.delta_lanes.get() + (first + row) * kLanes;
+    store(sums, load(sums) + sum);
+    store(deltas, load(deltas) + products);
+  }
+}
+
+// kRows queries and a panel of keys: their probabilities p, and the gradient of their scores p * (grad_out v^T -
+// delta).
+template <int kVecs, typename T>
+static void backward_group(BackwardBlock<T>& block, int64_t first, const Operand<T>* keys, const Operand<T>* key_rows,
+                           const Operand<T>* values, const Places<Operand<T>>& places) {
+  using O = Operand<T>;
+  constexpr int kRows = Panel<O>::kRows, kWidth = Panel<O>::kWidth, kGrain = Panel<O>::kGrain;
+  Vec grad[kRows][kVecs];
+  probabilities_and_gradients(block, first, keys, values, places, grad);
+  const float* probabilities = block.probabilities.get();
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; row += 2) {
+    O* packed_p = block.packed_probabilities.get() + (first + row) * kWidth;
+    O* packed_grad = block.packed_grad_scores.get() + (first + row) * kWidth;
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kVecs; ++vec) {
+      const float* at = probabilities + row * kWidth + vec * kLanes;
+      const Vec even = load(at), odd = load(at + kWidth);
+      grad[row][vec] = even * (grad[row][vec] - block.delta.get()[first + row]);
+      grad[row + 1][vec] = odd * (grad[row + 1][vec] - block.delta.get()[first + row + 1]);
+      store_packed(packed_p + vec * kLanes * kGrain, even, odd);
+      store_packed(packed_grad + vec * kLanes * kGrain, grad[row][vec], grad[row + 1][vec]);
+    }
+  }
+  const bool is_one_image_row = places.y[0] == places.y[kVecs - 1];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+    store_operands(block.grad_scores.get() + row * kWidth, grad[row]);
+    float* grad_rel_w = block.grad_rel_w.get() + (first + row) * block.w_stride;
+    float* grad_rel_h = block.grad_rel_h.get() + (first + row) * block.grid.height;
+    Vec sum = {};
+#pragma GCC unroll 4
+    for (int vec = 0; vec < kVecs; ++vec) {
+      store(grad_rel_w + places.x[vec], load(grad_rel_w + places.x[vec]) + grad[row][vec]);
+      if (!is_one_image_row) grad_rel_h[places.y[vec]] += reduce_add(grad[row][vec]);
+      sum += grad[row][vec];
+    }
+    if (is_one_image_row) grad_rel_h[places.y[0]] += reduce_add(sum);
+  }
+  multiply_rows<kRows>(block.grad_scores.get(), kWidth, kGrain, key_rows, block.grid.head_dim,
+                       round_up(kVecs * kLanes, kGrain), block.ones.get(),
+                       block.grad_q.get() + first * block.out_stride, block.out_stride);
+}
+
+// The gradients of up to kBlockRows queries, and what they add to the sums. Keys need columns and rows, values columns.
+template <typename T>
+static void attend_backward(const Query<T>* queries, int64_t count, const PackedLanes<Operand<T>>& keys,
+                            const PackedLanes<Operand<T>>& values, const PackedTable<Operand<T>>& table_h,
+                            const PackedTable<Operand<T>>& table_w, BackwardBlock<T>& block, const GridSums& sums) {
+  block.load(queries, count, table_h, table_w);
+  block.load_delta(queries, count);
+  if constexpr (BackwardBlock<T>::kIsFloat) {
+    for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
+      const Places<Operand<T>> places(block.grid, panel);
+      for_num_vecs(places, [&](auto num_vecs) {
+        for (int64_t first = 0; first < block.rows; first += block.kRows) {
+          delta_group<num_vecs>(block, first, keys.columns(panel), values.columns(panel), places);
+        }
+      });
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      const float sum = reduce_add(load(block.sum_lanes.get() + row * kLanes));
+      block.factors.get()[row] = 1.f / sum;
+      block.delta.get()[row] += reduce_add(load(block.delta_lanes.get() + row * kLanes)) / sum;
+    }
+  }
+  for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
+    const Places<Operand<T>> places(block.grid, panel);
+    for_num_vecs(places, [&](auto num_vecs) {
+      for (int64_t first = 0; first < block.rows; first += block.kRows) {
+        backward_group<num_vecs>(block, first, keys.columns(panel), keys.rows(panel), values.columns(panel), places);
+      }
+    });
+    const int64_t lanes = places.num_vecs * kLanes, at = panel * block.kWidth * sums.stride;
+    block.add_transposed(block.packed_probabilities.get(), lanes, block.packed_grad_out.get(), sums.values + at);
+    block.add_transposed(block.packed_grad_scores.get(), lanes, block.packed_q.get(), sums.keys + at);
+  }
+  // The scale of the scores is not that of what positions add.
+  for (int64_t i = 0; i < block.rows * block.out_stride; ++i) block.grad_q.get()[i] *= block.grid.scale();
+  // What is added to all scores alike the softmax does not see: one row, or one column, has no gradient.
+  if (block.grid.height > 1) {
+    block.add_positions(block.grad_rel_h.get(), block.grid.height, table_h, sums.table_h, count,
+                        [&](int64_t row) { return queries[row].y; });
+  }
+  if (block.grid.width > 1) {
+    block.add_positions(block.grad_rel_w.get(), block.w_stride, table_w, sums.table_w, count,
+                        [&](int64_t row) { return queries[row].x; });
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    const float* grad_q = block.grad_q.get() + row * block.out_stride;
+    for (int64_t d = 0; d < block.grid.head_dim; ++d) queries[row].grad_q[d] = convert<T>(grad_q[d]);
+  }
+}
+
+// to (rows, head_dim), last row first, is the sum of `count` parts (rows, sum_stride) that stand part_stride apart.
+template <typename T>
+static void sum_tables(const float* parts, int64_t count, int64_t part_stride, int64_t rows, int64_t sum_stride,
+                       int64_t head_dim, T* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t d = 0; d < head_dim; ++d) {
+      double sum = 0;
+      for (int64_t part = 0; part < count; ++part) sum += parts[part * part_stride + row * sum_stride + d];
+      to[(rows - 1 - row) * head_dim + d] = convert<T>(static_cast<float>(sum));
+    }
+  }
+}
+
+}  // namespace vlcore::VLCORE_LEVEL
