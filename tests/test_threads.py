@@ -21,7 +21,7 @@ MODULES = {name: import_module(f"vlcore.ops.{name}") for name in sorted(OPERATOR
 KERNELS = {name: module.KERNELS["cpp"] for name, module in MODULES.items() if "cpp" in module.KERNELS}
 # Of these torch's matrix products are the gradients, whose sums depend on its threads in float32, or there are none.
 WITHOUT_OWN_GRADIENTS = {"decode_attention", "decode_block", "hybrid_adaptor", "linear", "quantized_linear"}
-WITHOUT_OWN_GRADIENTS |= {"downsample_features", "rel_pos_attention", "window_attention"}
+WITHOUT_OWN_GRADIENTS |= {"downsample_features"}
 pytestmark = pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
 
 

@@ -110,10 +110,9 @@ class WindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        grad_qkv, grad_bias, grad_h, grad_w = window_attention_backward(
-            grad_out.contiguous(), *ctx.saved_tensors, *ctx.numbers
-        )
-        return grad_qkv, None if ctx.saved_tensors[1] is None else grad_bias, grad_h, grad_w, None, None
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
+        grad_qkv, grad_bias, grad_h, grad_w = window_attention_backward(grad_out.contiguous(), *saved, *ctx.numbers)
+        return grad_qkv, None if saved[1] is None else grad_bias, grad_h, grad_w, None, None
 
 
 def _torch_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window):
