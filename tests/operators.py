@@ -23,6 +23,12 @@ def strided(tensor: Tensor) -> Tensor:
     return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values, contiguous, at an address that is aligned to one element only."""
+    place = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    return place.copy_(tensor)
+
+
 def skip_if_refused(kernels: Mapping[str, Kernel], backend: str, *arguments) -> None:
     if backend != TORCH and (reasons := kernels[backend].refusals(*arguments)):
         pytest.skip("; ".join(reasons))

@@ -11,7 +11,9 @@ from operators import (
     assert_strides_do_not_matter,
     assert_well_formed,
     random,
+    shifted,
     skip_if_refused,
+    values_and_gradients,
 )
 
 from vlcore import native, ops
@@ -57,7 +59,7 @@ def test_matches_the_reference(backend, sizes, dtype):
 @pytest.mark.parametrize("level", range(native.level + 1))
 def test_every_level_of_instructions(monkeypatch, level, dtype):
     monkeypatch.setattr(native, "level", level)
-    for grid, dim in (((9, 7), 33), ((3, 64), 64), ((2, 70), 80), ((14, 14), 64)):
+    for grid, dim in (((9, 7), 33), ((3, 64), 64), ((2, 70), 80), ((14, 14), 64), ((8, 8), 32), ((2, 33), 128)):
         given = inputs(batch=1, heads=2, grid=grid, dim=dim, dtype=dtype)
         skip_if_refused(KERNELS, "cpp", *given, grid)
         assert_matches(through_op("cpp", grid), reference(grid), *given)
@@ -72,6 +74,43 @@ def test_long_sums_stay_as_accurate(backend):
         actual = ops.rel_pos_attention(*given, grid, backend=backend)
         exact = ops.rel_pos_attention(*(tensor.double() for tensor in given), grid)
     assert_as_accurate(actual, reference(grid)(*given), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_long_sums_stay_as_accurate(dtype):
+    """Many blocks of queries and panels of keys, and scores as even as a model's."""
+    q, k, v, rel_pos_h, rel_pos_w = inputs(batch=1, heads=1, grid=(32, 40), dim=64, dtype=dtype)
+    given = q, k, v, rel_pos_h * 0.1, rel_pos_w * 0.1
+    skip_if_refused(KERNELS, "cpp", *given, (32, 40))
+    assert_matches(through_op("cpp", (32, 40)), reference((32, 40)), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_depend_neither_on_threads_nor_on_addresses(dtype):
+    given = inputs(batch=1, heads=2, grid=(14, 20), dim=32, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, (14, 20))
+    run, threads = through_op("cpp", (14, 20)), torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(values_and_gradients(run, given))
+    torch.set_num_threads(threads)
+    results.append(values_and_gradients(run, tuple(shifted(tensor) for tensor in given)))
+    for other in results[1:]:
+        assert all(torch.equal(got, wanted) for got, wanted in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_takes_the_views_of_a_fused_projection(dtype):
+    """As SAM makes them: q, k and v are strided, and what comes out is contiguous by tokens."""
+    fused = random(2, 15, 3, 2, 16, dtype=dtype)
+    tables = random(5, 16, dtype=dtype), random(9, 16, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", fused, fused, fused, *tables, (3, 5))
+    views = fused.permute(2, 0, 3, 1, 4)
+    strided = values_and_gradients(through_op("cpp"), (*views, *tables))
+    copied = values_and_gradients(through_op("cpp"), (*(view.contiguous() for view in views), *tables))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(strided, copied, strict=True))
+    assert strided[0].transpose(1, 2).is_contiguous()
 
 
 def test_reference_is_the_formula():

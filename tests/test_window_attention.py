@@ -9,10 +9,12 @@ from operators import (
     assert_strides_do_not_matter,
     assert_well_formed,
     random,
+    shifted,
     skip_if_refused,
+    values_and_gradients,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.window_attention import KERNELS, WindowAttention, window_attention_reference
 
 BACKENDS = [*KERNELS, "torch"]
@@ -51,6 +53,30 @@ def test_matches_the_reference(backend, sizes, bias, dtype):
     given, window = inputs(**sizes, bias=bias, dtype=dtype), sizes.get("window", 4)
     skip_if_refused(KERNELS, backend, *given, window)
     assert_matches(through_op(backend, window), reference(window), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    for window, dim in ((7, 33), (5, 80), (14, 64)):
+        given = inputs(batch=1, height=16, width=15, dim=dim, window=window, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", *given, window)
+        assert_matches(through_op("cpp", window), reference(window), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_depend_neither_on_threads_nor_on_addresses(dtype):
+    given = inputs(height=17, width=9, dim=32, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 4)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(values_and_gradients(through_op("cpp"), given))
+    torch.set_num_threads(threads)
+    results.append(values_and_gradients(through_op("cpp"), tuple(shifted(tensor) for tensor in given)))
+    for other in results[1:]:
+        assert all(torch.equal(got, wanted) for got, wanted in zip(other, results[0], strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -134,7 +134,7 @@ def _with_whole_rows(tensor: Tensor) -> Tensor:
 
 
 def _empty_output(q: Tensor) -> Tensor:
-    """(B, H, T, D) with each token's heads side by side in memory, as the projection behind the attention reads them."""
+    """(B, H, T, D) with a token's heads side by side in memory, as the projection behind the attention reads them."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
