@@ -94,4 +94,6 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "cross_entropy_grad_hidden", vlcore::cross_entropy_grad_hidden);
   bind(m, "cross_entropy_grad_logits", vlcore::cross_entropy_grad_logits);
   bind(m, "decode_block_forward", vlcore::decode_block_forward);
+  bind(m, "merge_and_resize_forward", vlcore::merge_and_resize_forward);
+  bind(m, "merge_and_resize_backward", vlcore::merge_and_resize_backward);
 }

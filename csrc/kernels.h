@@ -166,4 +166,12 @@ void decode_block_forward(const void* x, const void* residual, const void* atten
                           int64_t hidden, int64_t intermediate, int64_t row_stride, int64_t token_stride, int64_t heads,
                           int64_t kv_heads, int64_t head_dim, double theta, float eps, Target target);
 
+// SAM's features: resized (batch, size, size, channels) is detail + alpha * skip, both (batch, height, width,
+// channels), bilinear with align_corners=False and rounded once. skip, and all that is of it, may be null.
+void merge_and_resize_forward(const void* detail, const void* skip, const float* alpha, void* resized, int64_t batch,
+                              int64_t height, int64_t width, int64_t channels, int64_t size, Target target);
+void merge_and_resize_backward(const void* grad_resized, const void* skip, const float* alpha, void* grad_detail,
+                               void* grad_skip, float* grad_alpha, int64_t batch, int64_t height, int64_t width,
+                               int64_t channels, int64_t size, Target target);
+
 }  // namespace vlcore

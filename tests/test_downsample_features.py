@@ -12,8 +12,14 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
-from vlcore.ops.downsample_features import KERNELS, DownsampleFeatures, downsample_features_reference
+from vlcore import native, ops
+from vlcore.ops.downsample_features import (
+    KERNELS,
+    DownsampleFeatures,
+    downsample_features_reference,
+    merge_and_resize,
+    merge_and_resize_backward,
+)
 
 BACKENDS = [*KERNELS, "torch"]
 
@@ -44,6 +50,49 @@ def test_matches_the_reference(backend, sizes, size, skip, dtype):
     given = inputs(**sizes, skip=skip, dtype=dtype)
     skip_if_refused(KERNELS, backend, *given, size)
     assert_matches(through_op(backend, size), reference(size), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    # Channels of no, one and several vectors; maps that grow, shrink to where pixels are left out, and stay.
+    for channels, grid, size, skip in ((3, (5, 7), 12, True), (37, (19, 3), 8, True), (256, (8, 8), 8, False)):
+        given = inputs(batch=1, channels=(channels, 5, 3), grid=grid, skip=skip, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", *given, size)
+        assert_matches(through_op("cpp", size), reference(size), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_map_of_the_model(dtype):
+    """Sums of alpha's gradient over a million products."""
+    given = inputs(batch=1, channels=(256, 4, 4), grid=(64, 64), dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 96)
+    assert_matches(through_op("cpp", 96), reference(96), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_addresses_matter(dtype):
+    """To what is not torch's convolutions, whose sums depend on its threads."""
+    detail, skip, alpha, *_ = given = inputs(channels=(133, 1, 1), grid=(9, 7), dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 16)
+    grad = random(2, 16, 16, 133, dtype=dtype)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(_around_the_convolutions(detail, skip, alpha, grad))
+    torch.set_num_threads(threads)
+    moved = [torch.empty(t.numel() + 1, dtype=dtype)[1:].view(t.shape).copy_(t) for t in (detail, skip, alpha, grad)]
+    results.append(_around_the_convolutions(*moved))
+    channels_last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (detail, skip)]
+    results.append(_around_the_convolutions(*channels_last, alpha, grad))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def _around_the_convolutions(detail, skip, alpha, grad):
+    return merge_and_resize(detail, skip, alpha, 16), *merge_and_resize_backward(grad, detail, skip, alpha)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,6 +176,13 @@ def test_refuses_what_does_not_fit(changed, value, message):
     given[changed] = value
     with pytest.raises(ValueError, match=f"downsample_features: {message}"):
         ops.downsample_features(*given, 8)
+
+
+def test_says_why_a_backend_cannot_run():
+    with pytest.raises(
+        ValueError, match="downsample_features cannot run on 'cpp' .*there are no pixels to interpolate"
+    ):
+        ops.downsample_features(*inputs(grid=(0, 5)), 8, backend="cpp")
 
 
 @pytest.mark.parametrize("size", [0, 6, -4])

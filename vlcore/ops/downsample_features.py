@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
@@ -51,7 +52,7 @@ def downsample_features(
         alpha: one element, floating, scales `skip`; not read without it.
         conv1_weight: (C1, C, 3, 3), conv2_weight: (C2, C1, 3, 3), of detail's dtype; stride 2, padding 1, no bias.
         size: side of the square that the features are interpolated to, a multiple of 4: four times the grid.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "cpp".
 
     Returns:
         (B, (size / 4)^2, C2), of detail's dtype, tokens row-major. The sum and the interpolation (bilinear,
@@ -93,10 +94,11 @@ class DownsampleFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, detail, skip, alpha, conv1_weight, conv2_weight, size, backend):
-        inputs = [
-            None if tensor is None else tensor.contiguous()
-            for tensor in (detail, skip, alpha, conv1_weight, conv2_weight)
+        maps = [
+            None if tensor is None else tensor.contiguous(memory_format=_layout(backend)) for tensor in (detail, skip)
         ]
+        alpha = None if skip is None else alpha.contiguous()
+        inputs = [*maps, alpha, conv1_weight.contiguous(), conv2_weight.contiguous()]
         tokens, hidden = downsample_features_forward(*inputs, size, backend)
         ctx.save_for_backward(*inputs, hidden)
         ctx.numbers = (size, backend)
@@ -113,8 +115,77 @@ class DownsampleFeatures(torch.autograd.Function):
         return grad_detail, grad_skip, grad_alpha, *grad_weights, None, None
 
 
+def _layout(backend: str) -> torch.memory_format:
+    """How a backend has maps in memory. Those of the tower lie channels-last, which is how a kernel takes them."""
+    return torch.contiguous_format if backend == TORCH else torch.channels_last
+
+
+def _cpp_refusals(detail, skip, alpha, conv1_weight, conv2_weight, size) -> list[str]:
+    reasons = native.cpp_refusals(detail)
+    if detail.shape[2] == 0 or detail.shape[3] == 0:
+        reasons.append("there are no pixels to interpolate")
+    return reasons
+
+
+def merge_and_resize(detail, skip, alpha, size) -> Tensor:
+    """The merged branches, (B, C, size, size) and channels-last in memory."""
+    pixels = _pixels(detail)
+    batch, height, width, channels = pixels.shape
+    resized = pixels.new_empty(batch, size, size, channels)
+    alpha = None if skip is None else alpha.float()
+    skip = None if skip is None else _pixels(skip)
+    sizes = (batch, height, width, channels, size)
+    native.run_cpp("merge_and_resize_forward", pixels.dtype, pixels, skip, alpha, resized, *sizes)
+    return resized.permute(0, 3, 1, 2)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(B, C, h, w) as contiguous (B, h, w, C): free for what lies channels-last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _cpp_forward(detail, skip, alpha, conv1_weight, conv2_weight, size):
+    hidden = _conv(merge_and_resize(detail, skip, alpha, size), conv1_weight)
+    return _conv(hidden, conv2_weight).flatten(2).transpose(1, 2).contiguous(), hidden
+
+
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    y = F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), stride=2, padding=1)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _cpp_backward(grad_tokens, detail, skip, alpha, conv1_weight, conv2_weight, hidden, size):
+    grad_maps = grad_tokens.transpose(1, 2).unflatten(2, (size // 4, size // 4))
+    grad_hidden, grad_conv2 = _conv_backward(grad_maps, hidden, conv2_weight)
+    resized = merge_and_resize(detail, skip, alpha, size)
+    grad_resized, grad_conv1 = _conv_backward(grad_hidden, resized, conv1_weight)
+    return *merge_and_resize_backward(_pixels(grad_resized), detail, skip, alpha), grad_conv1, grad_conv2
+
+
+def _conv_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of _conv, that of the weight contiguous."""
+    stride_padding_dilation = ([2, 2], [1, 1], [1, 1])
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_y, x, weight, None, *stride_padding_dilation, False, [0, 0], 1, (True, True, False)
+    )
+    return grad_x, grad_weight.contiguous()
+
+
+def merge_and_resize_backward(grad_resized, detail, skip, alpha) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of detail, skip and alpha from that of the resized map, (B, size, size, C)."""
+    batch, channels, height, width = detail.shape
+    sizes = (batch, height, width, channels, grad_resized.shape[1])
+    grad_detail = torch.empty_like(detail, memory_format=torch.channels_last)
+    skipped = (detail.new_empty(0), detail.new_empty(0))
+    grads = skipped if skip is None else (torch.empty_like(grad_detail), torch.empty_like(alpha, dtype=torch.float32))
+    branch = (None, None) if skip is None else (_pixels(skip), alpha.float())
+    given = (grad_resized, *branch, grad_detail, *grads)
+    native.run_cpp("merge_and_resize_backward", detail.dtype, *given, *sizes)
+    return grad_detail, grads[0], grads[1] if skip is None else grads[1].to(alpha.dtype)
+
+
 # In order of preference.
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
 
 
 def _torch_forward(detail, skip, alpha, conv1_weight, conv2_weight, size):
@@ -136,15 +207,21 @@ def _torch_backward(grad_tokens, detail, skip, alpha, conv1_weight, conv2_weight
 
 def _fake_forward(detail, skip, alpha, conv1_weight, conv2_weight, size, backend):
     batch, channels = detail.shape[0], conv2_weight.shape[0]
-    hidden = detail.new_empty(batch, conv1_weight.shape[0], size // 2, size // 2)
+    hidden = torch.empty(
+        (batch, conv1_weight.shape[0], size // 2, size // 2),
+        dtype=detail.dtype,
+        device=detail.device,
+        memory_format=_layout(backend),
+    )
     return detail.new_empty(batch, (size // 4) ** 2, channels), hidden
 
 
 def _fake_backward(grad_tokens, detail, skip, alpha, conv1_weight, conv2_weight, hidden, size, backend):
+    grad_detail = torch.empty_like(detail, memory_format=_layout(backend))
     skipped = (detail.new_empty(0), detail.new_empty(0))
-    grad_skip, grad_alpha = skipped if skip is None else (torch.empty_like(skip), torch.empty_like(alpha))
+    grad_skip, grad_alpha = skipped if skip is None else (torch.empty_like(grad_detail), torch.empty_like(alpha))
     grad_weights = torch.empty_like(conv1_weight), torch.empty_like(conv2_weight)
-    return torch.empty_like(detail), grad_skip, grad_alpha, *grad_weights
+    return grad_detail, grad_skip, grad_alpha, *grad_weights
 
 
 downsample_features_forward = define(
