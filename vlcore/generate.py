@@ -200,6 +200,7 @@ def _answer(
     impossible = torch.arange(model.config.language.vocab_size, device=device) >= processor.num_token_ids
     impossible[processor.control.image] = True
     seen = None if sampling.repetition_penalty == 1 else _seen(prompts, processor.control.image, impossible.numel())
+    operands = model.language.operands(model.compute_dtype)
     texts = [TextStream(processor.decode) for _ in range(num_rows)]
     running = torch.ones(num_rows, dtype=torch.bool, device=device)
     hidden = _prefill(model, prompts, cache)
@@ -217,7 +218,7 @@ def _answer(
             break
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        hidden = model.decode(tokens, cache.keys, cache.values, cache.lengths)
+        hidden = model.decode(tokens, operands, cache.keys, cache.values, cache.lengths)
         # A row that has ended keeps writing to the slot behind its last token.
         cache.advance(running)
     return [text.text for text in texts]

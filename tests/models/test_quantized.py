@@ -45,7 +45,7 @@ def test_decodes_what_a_forward_computes(model, dtype, bits, group_size, _):
     cache.begin((5, 5))
     model(ids[:, :5], positions=torch.arange(5).expand(2, 5), memory=cache, return_logits=False)
     cache.advance(0)
-    hidden = model.decode(ids[:, 5], cache.keys, cache.values, cache.lengths)
+    hidden = model.decode(ids[:, 5], model.language.operands(dtype), cache.keys, cache.values, cache.lengths)
     whole = model(ids).hidden[:, 5]
     assert (hidden - whole).norm() / whole.norm() < (1e-5 if dtype == torch.float32 else 3e-2)
 

@@ -174,11 +174,16 @@ class DeepSeekVL(nn.Module):
         return VLOutput(loss, self.lm_head(hidden) if return_logits else None, hidden)
 
     def decode(
-        self, tokens: Tensor, key_caches: Sequence[Tensor], value_caches: Sequence[Tensor], lengths: Tensor
+        self,
+        tokens: Tensor,
+        operands: Sequence[ops.BlockWeights],
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+        lengths: Tensor,
     ) -> Tensor:
         """One new text token (B,) a row, behind what the caches hold -> hidden states (B, D); see `Llama.decode`."""
         embeddings = self.language.embed_tokens(tokens[:, None], self.compute_dtype)
-        return self.language.decode(embeddings, key_caches, value_caches, lengths)[:, 0]
+        return self.language.decode(embeddings, operands, key_caches, value_caches, lengths)[:, 0]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of "sam" (ViT and necks), "siglip", "adaptor" (with the two stride-2 convolutions and alpha,

@@ -54,23 +54,33 @@ class Llama(nn.Module):
             x, residual = run_block(layer, *arguments, recompute=self.activation_checkpointing)
         return self.norm(x, residual)[0]
 
+    def operands(self, dtype: torch.dtype) -> list[ops.BlockWeights]:
+        """The layers' weights for `decode`, which takes a token each time: copies where they are of another dtype."""
+        return [layer.operands(dtype) for layer in self.layers]  # type: ignore[operator, misc]
+
     def decode(
-        self, embeddings: Tensor, key_caches: Sequence[Tensor], value_caches: Sequence[Tensor], lengths: Tensor
+        self,
+        embeddings: Tensor,
+        operands: Sequence[ops.BlockWeights],
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+        lengths: Tensor,
     ) -> Tensor:
         """`forward` for one new token a row, behind what the caches hold, to which it is appended. Has no gradient.
 
         Args:
             embeddings: (B, 1, D).
+            operands: what `operands` gives for their dtype.
             key_caches, value_caches: (B, S, Hkv, head_dim) of each layer; keys are rotated.
             lengths: (B,) int, tokens in the caches of each row, and the new one's position.
 
         Returns:
             (B, 1, D) hidden states, of the dtype of `embeddings`.
         """
+        theta, eps = self.config.rope_theta, self.config.rms_norm_eps
         x, residual = embeddings, None
-        for layer, key_cache, value_cache in zip(self.layers, key_caches, value_caches, strict=True):
-            assert isinstance(layer, LlamaLayer)
-            x, residual = layer.decode(x, residual, key_cache, value_cache, lengths)
+        for weights, key_cache, value_cache in zip(operands, key_caches, value_caches, strict=True):
+            x, residual = ops.decode_block(x, residual, weights, key_cache, value_cache, lengths, theta=theta, eps=eps)
         return self.norm(x, residual)[0]
 
 
@@ -95,14 +105,6 @@ class LlamaLayer(nn.Module):
         x = self.self_attn(x, positions, cu_seqlens, memory)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
-
-    def decode(
-        self, x: Tensor, residual: Tensor | None, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` for one new token a row: x, residual (B, 1, D), caches (B, S, Hkv, head_dim), lengths (B,)."""
-        theta, eps = self.self_attn.rope_theta, self.input_layernorm.eps
-        weights = self.operands(x.dtype)
-        return ops.decode_block(x, residual, weights, key_cache, value_cache, lengths, theta=theta, eps=eps)
 
     def operands(self, dtype: torch.dtype) -> ops.BlockWeights:
         """The weights, as operators that compute in `dtype` take them."""

@@ -138,11 +138,14 @@ def _check(
         raise ValueError(f"decode_block: q gives {query_size} outputs, no multiple of the cache's {kv_size} a token.")
     needed: list[tuple[int, ...]] = [(size,), (size,), (query_size, size), (kv_size, size), (kv_size, size)]
     needed += [(size, query_size), (hidden_size, size), (hidden_size, size), (size, hidden_size)]
-    for name, weight, shape in zip(weights._fields, weights, needed, strict=True):
-        if weight.shape != shape:
-            given = f"x {tuple(x.shape)} and the cache {tuple(key_cache.shape)}"
-            raise ValueError(f"decode_block: the weight {name} is {tuple(weight.shape)}; {given} need {shape}.")
-        if not isinstance(weight, Tensor):
+    if [weight.shape for weight in weights] != needed:
+        name, weight, shape = next(
+            found for found in zip(weights._fields, weights, needed, strict=True) if found[1].shape != found[2]
+        )
+        given = f"x {tuple(x.shape)} and the cache {tuple(key_cache.shape)}"
+        raise ValueError(f"decode_block: the weight {name} is {tuple(weight.shape)}; {given} need {shape}.")
+    for name, weight in zip(weights._fields, weights, strict=True):
+        if isinstance(weight, QuantizedWeight):
             checks.on_device("decode_block", name, weight.values, "x", x)
     checks.integer("decode_block", "lengths", lengths)
     checks.shape("decode_block", "lengths", lengths, (batch,), "x", x)

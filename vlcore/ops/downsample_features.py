@@ -107,10 +107,11 @@ class DownsampleFeatures(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_tokens):
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
         grad_detail, grad_skip, grad_alpha, *grad_weights = downsample_features_backward(
-            grad_tokens.contiguous(), *ctx.saved_tensors, *ctx.numbers
+            grad_tokens.contiguous(), *saved, *ctx.numbers
         )
-        if ctx.saved_tensors[1] is None:
+        if saved[1] is None:
             grad_skip = grad_alpha = None
         return grad_detail, grad_skip, grad_alpha, *grad_weights, None, None
 
