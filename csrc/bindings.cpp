@@ -69,6 +69,7 @@ void bind(py::module_& m, const char* name, void (*kernel)(Arguments...)) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
+  m.def("multiplies_tiles", vlcore::multiplies_tiles);
   bind(m, "prefer_huge_pages", vlcore::prefer_huge_pages);
   bind(m, "rms_norm_forward", vlcore::rms_norm_forward);
   bind(m, "rms_norm_backward", vlcore::rms_norm_backward);
@@ -86,6 +87,9 @@ PYBIND11_MODULE(_C, m) {
   bind(m, "attention_backward", vlcore::attention_backward);
   bind(m, "window_attention_backward", vlcore::window_attention_backward);
   bind(m, "linear_forward", vlcore::linear_forward);
+  bind(m, "linear_blocked_forward", vlcore::linear_blocked_forward);
+  bind(m, "linear_grad_x", vlcore::linear_grad_x);
+  bind(m, "linear_grad_weight", vlcore::linear_grad_weight);
   bind(m, "quantized_linear_forward", vlcore::quantized_linear_forward);
   bind(m, "dequantize", vlcore::dequantize);
   bind(m, "decode_attention_forward", vlcore::decode_attention_forward);

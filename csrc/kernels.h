@@ -22,6 +22,9 @@ using TokenStrides = std::array<int64_t, 3>;
 // The highest level of this machine.
 Level best_level();
 
+// Whether this machine has instructions for whole tiles of a matrix product (AMX), which no level uses.
+bool multiplies_tiles();
+
 // Asks the system to put what is not yet written of `size` bytes on huge pages: a matrix that is read once a token from
 // memory is read a quarter faster from them. Where there are none it does nothing.
 void prefer_huge_pages(void* memory, int64_t size);
@@ -109,6 +112,17 @@ void attention_backward(const void* grad_out, Heads q, Heads k, Heads v, const i
 // y (rows, outputs) = x (rows, inputs) weight (outputs, inputs)^T + bias (outputs) or null; for few rows.
 void linear_forward(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t outputs,
                     int64_t inputs, Target target);
+
+// The same for many rows, y = activation(x weight^T + bias) + residual, where the activation is GELU with the exact
+// erf, or none; residual (rows, outputs) or null.
+void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
+                            int64_t rows, int64_t outputs, int64_t inputs, bool gelu, Target target);
+
+// grad_x (rows, inputs) = grad_y (rows, outputs) weight, and grad_weight (outputs, inputs) = grad_y^T x.
+void linear_grad_x(const void* grad_y, const void* weight, void* grad_x, int64_t rows, int64_t outputs, int64_t inputs,
+                   Target target);
+void linear_grad_weight(const void* grad_y, const void* x, void* grad_weight, int64_t rows, int64_t outputs,
+                        int64_t inputs, Target target);
 
 // As linear, with a weight of integers: 8 bits (outputs, inputs) int8, or 4 bits (outputs, ceil(inputs / 2)), two a
 // byte and each plus 8, the even column in the low half; scales (outputs, groups), a group being 32, 64 or 128 inputs,

@@ -16,4 +16,13 @@ Level best_level() {
   return Level::generic;
 }
 
+bool multiplies_tiles() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("amx-tile");
+#else
+  return false;
+#endif
+}
+
 }  // namespace vlcore

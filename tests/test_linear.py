@@ -2,6 +2,8 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
 from operators import (
     DTYPES,
     assert_compiles,
@@ -14,7 +16,7 @@ from operators import (
 )
 
 from vlcore import native, ops
-from vlcore.ops.linear import KERNELS, LinearFunction, linear_reference
+from vlcore.ops.linear import KERNELS, LinearFunction, linear_backward, linear_reference
 
 BACKENDS = [*KERNELS, "torch"]
 
@@ -33,6 +35,10 @@ def inputs(rows=(3,), outputs=7, size=33, bias=True, dtype=torch.float32):
         {"rows": (1, 1), "outputs": 130, "size": 2048, "bias": False},
         {"rows": (2, 5), "outputs": 9, "size": 64},
         {"rows": (16,), "outputs": 12, "size": 129},
+        {"rows": (17,), "outputs": 1, "size": 1},
+        {"rows": (63,), "outputs": 129, "size": 65},
+        {"rows": (2, 65), "outputs": 64, "size": 0},
+        {"rows": (2, 389), "outputs": 300, "size": 34, "bias": False},
         {"rows": ()},
         {"rows": (0,)},
         {"outputs": 0},
@@ -49,7 +55,7 @@ def test_matches_the_reference(backend, sizes, dtype):
 @pytest.mark.parametrize("level", range(native.level + 1))
 def test_every_level_of_instructions(monkeypatch, level, dtype):
     monkeypatch.setattr(native, "level", level)
-    for rows in (1, 2, 3, 4, 13):
+    for rows in (1, 2, 3, 4, 13, 130):
         given = inputs(rows=(rows,), outputs=11, size=77, dtype=dtype)
         skip_if_refused(KERNELS, "cpp", *given)
         assert_matches(partial(ops.linear, backend="cpp"), linear_reference, *given)
@@ -71,7 +77,10 @@ def test_reference_gradient():
 def test_is_a_well_formed_torch_operator(backend):
     given = inputs()
     skip_if_refused(KERNELS, backend, *given)
-    assert_well_formed("linear_forward", *given, backend)
+    (y,) = assert_well_formed("linear_forward", *given, None, None, backend)
+    assert_well_formed("linear_forward", *given, torch.ones_like(y), "gelu", backend)
+    for needs in ((True, True), (True, False), (False, True)):
+        assert_well_formed("linear_backward", torch.ones_like(y), *given[:2], *needs, backend)
 
 
 def test_compiles_without_graph_breaks():
@@ -86,8 +95,6 @@ def test_few_rows_without_gradients_go_to_the_kernel_that_reads_fastest(monkeypa
     monkeypatch.setattr(native, "run_cpp", lambda kernel, *rest: calls.append(kernel))
     x, weight, bias = inputs()
     with torch.no_grad():
-        ops.linear(x.expand(20, -1, -1).flatten(0, 1), weight, bias)
-        assert calls == []
         ops.linear(x, weight, bias)
     ops.linear(x, weight.requires_grad_(), bias)
     assert calls == ["linear_forward"]
@@ -108,9 +115,84 @@ def test_refuses_what_does_not_fit(x, weight, bias, message):
         ops.linear(x, weight, bias)
 
 
+def test_refuses_an_activation_that_it_does_not_have_and_a_residual_of_another_shape():
+    x, weight, _ = inputs()
+    with pytest.raises(ValueError, match="linear: activation 'relu' is neither 'gelu' nor None"):
+        ops.linear(x, weight, activation="relu")
+    with pytest.raises(ValueError, match=r"linear: residual is \(3, 8\); x \(3, 33\) needs \(3, 7\)"):
+        ops.linear(x, weight, residual=torch.zeros(3, 8))
+
+
 def test_says_why_a_backend_cannot_run():
-    with pytest.raises(ValueError, match="linear cannot run on 'cpp' .*17 rows are more than 16"):
-        ops.linear(torch.zeros(17, 3), torch.zeros(4, 3), backend="cpp")
+    with pytest.raises(ValueError, match="linear cannot run on 'cpp' .*it computes in float32 and bfloat16 only"):
+        ops.linear(torch.zeros(17, 3).half(), torch.zeros(4, 3).half(), backend="cpp")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [2, 97])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_follows_the_product(backend, rows, dtype):
+    given = inputs(rows=(rows,), outputs=66, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given)
+    given = (*given, random(rows, 66, dtype=dtype))
+    for activation in ("gelu", None):
+
+        def fused(x, weight, bias, residual, activation=activation):
+            return ops.linear(x, weight, bias, residual=residual, activation=activation, backend=backend)
+
+        def reference(*given, activation=activation):
+            return linear_reference(*given, activation)
+
+        assert_matches(fused, reference, *given)
+        assert_strides_do_not_matter(fused, *given)
+        assert_compiles(fused, given)
+        with torch.no_grad():
+            exact = reference(*(tensor.double() for tensor in given))
+            assert_as_accurate(fused(*given), reference(*given), exact)
+
+
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_gelu_at_the_ends_of_its_range(monkeypatch, level):
+    monkeypatch.setattr(native, "level", level)
+    x, ends = torch.linspace(-15, 15, 4001)[:, None], torch.tensor([-1e30, -100.0, -0.0, 0.0, 100.0, 1e30])[:, None]
+    one = torch.ones(1, 1)
+    skip_if_refused(KERNELS, "cpp", x, one, None)
+
+    def gelu(x):
+        with torch.no_grad():
+            return ops.linear(x, one, activation="gelu", backend="cpp")
+
+    assert_as_accurate(gelu(x), F.gelu(x), F.gelu(x.double()))
+    assert torch.equal(gelu(ends.repeat(4, 1)), ends.relu().repeat(4, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_neither_threads_nor_addresses_matter(dtype):
+    given = inputs(rows=(401,), outputs=301, size=334, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given)
+
+    def run(x, weight, bias):
+        with torch.no_grad():
+            y = ops.linear(x, weight, bias, activation="gelu", backend="cpp")
+            return (y, *linear_backward(y, x, weight, True, True, "cpp"))
+
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(*given))
+    torch.set_num_threads(threads)
+    results.append(run(*(torch.empty(t.numel() + 1, dtype=dtype)[1:].view(t.shape).copy_(t) for t in given)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(20, 8, 16384), (20, 16384, 8), (16384, 8, 20)])
+def test_long_sums_of_many_rows_keep_their_accuracy(sizes, dtype):
+    """One of them over the inputs, the outputs and the rows."""
+    rows, outputs, size = sizes
+    given = inputs(rows=(rows,), outputs=outputs, size=size, dtype=dtype, bias=False)
+    skip_if_refused(KERNELS, "cpp", *given)
+    assert_matches(partial(ops.linear, backend="cpp"), linear_reference, *given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,10 +9,27 @@ void linear_forward(const void* x, const void* weight, const void* bias, void* y
   VLCORE_RUN(target, linear_forward, x, weight, bias, y, rows, outputs, inputs);
 }
 
+void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
+                            int64_t rows, int64_t outputs, int64_t inputs, bool gelu, Target target) {
+  VLCORE_RUN(target, linear_blocked_forward, x, weight, bias, residual, y, rows, outputs, inputs, gelu);
+}
+
+void linear_grad_x(const void* grad_y, const void* weight, void* grad_x, int64_t rows, int64_t outputs, int64_t inputs,
+                   Target target) {
+  VLCORE_RUN(target, linear_grad_x, grad_y, weight, grad_x, rows, outputs, inputs);
+}
+
+void linear_grad_weight(const void* grad_y, const void* x, void* grad_weight, int64_t rows, int64_t outputs,
+                        int64_t inputs, Target target) {
+  VLCORE_RUN(target, linear_grad_weight, grad_y, x, grad_weight, rows, outputs, inputs);
+}
+
 }  // namespace vlcore
 
 #else
 #include "cpu/few_rows.h"
+#include "cpu/gelu.h"
+#include "cpu/matrix_product.h"
 
 namespace vlcore::VLCORE_LEVEL {
 
@@ -24,6 +41,44 @@ static void linear_forward(const void* x, const void* weight, const void* bias, 
     multiply_rows(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<const T*>(bias),
                   static_cast<T*>(y), rows, outputs, inputs, first, std::min(first + kOutputBlock, outputs));
   }
+}
+
+template <typename T>
+static void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
+                                   int64_t rows, int64_t outputs, int64_t inputs, bool gelu) {
+  const View<T> from{static_cast<const T*>(x), inputs, 1}, transposed{static_cast<const T*>(weight), 1, inputs};
+  matrix_product(from, transposed, rows, outputs, inputs, [=](int64_t row, int64_t col, int64_t cols, float* sums) {
+    const int64_t at = row * outputs + col;
+    for_vecs(cols, [&](int64_t i, auto lanes) VLCORE_INLINED {
+      Vec value = load(sums + i, lanes);
+      if (bias) value += load(static_cast<const T*>(bias) + col + i, lanes);
+      if (gelu) value = VLCORE_LEVEL::gelu(value);
+      if (residual) value += load(static_cast<const T*>(residual) + at + i, lanes);
+      store(static_cast<T*>(y) + at + i, value, lanes);
+    });
+  });
+}
+
+template <typename T>
+static auto write_to(void* c, int64_t stride) {
+  return [=](int64_t row, int64_t col, int64_t cols, float* sums) {
+    T* to = static_cast<T*>(c) + row * stride + col;
+    for_vecs(cols, [&](int64_t i, auto lanes) VLCORE_INLINED { store(to + i, load(sums + i, lanes), lanes); });
+  };
+}
+
+template <typename T>
+static void linear_grad_x(const void* grad_y, const void* weight, void* grad_x, int64_t rows, int64_t outputs,
+                          int64_t inputs) {
+  const View<T> from{static_cast<const T*>(grad_y), outputs, 1}, by{static_cast<const T*>(weight), inputs, 1};
+  matrix_product(from, by, rows, inputs, outputs, write_to<T>(grad_x, inputs));
+}
+
+template <typename T>
+static void linear_grad_weight(const void* grad_y, const void* x, void* grad_weight, int64_t rows, int64_t outputs,
+                               int64_t inputs) {
+  const View<T> transposed{static_cast<const T*>(grad_y), 1, outputs}, by{static_cast<const T*>(x), inputs, 1};
+  matrix_product(transposed, by, outputs, inputs, rows, write_to<T>(grad_weight, inputs));
 }
 
 }  // namespace vlcore::VLCORE_LEVEL

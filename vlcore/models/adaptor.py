@@ -5,7 +5,6 @@ open; ours end at the same width with two layers a token each, so that only the 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlcore import ops
@@ -60,7 +59,7 @@ class MlpAdaptor(nn.Module):
 
     def forward(self, low: Tensor, high: None = None) -> Tensor:
         """low (I, T, C) -> (I, T, D)."""
-        return self.fc2(F.gelu(self.fc1(low)))
+        return self.fc2(self.fc1(low, activation="gelu"))
 
 
 class SharedAdaptor(nn.Module):

@@ -24,8 +24,10 @@ class Linear(nn.Linear):
         """The weight, as operators that compute in `dtype` take it."""
         return self.weight.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """activation(linear(x)) + residual."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return ops.linear(x, self.weight.to(x.dtype), bias, residual=residual, activation=activation)
 
 
 class Conv2d(nn.Conv2d):
@@ -74,8 +76,9 @@ class Mlp(nn.Module):
         self.fc1 = Linear(size, hidden_size)
         self.fc2 = Linear(hidden_size, size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual (..., size) -> (..., size), the residual added."""
+        return self.fc2(self.fc1(x, activation="gelu"), residual=residual)
 
 
 class PatchEmbedding(Conv2d):

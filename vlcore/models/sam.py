@@ -4,7 +4,6 @@ The second neck reads what the first global block gives; DeepSeek-VL adds it bac
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlcore import ops
@@ -53,8 +52,8 @@ class SamBlock(nn.Module):
         self.mlp = Mlp(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = self.attn(self.norm1(x), x)
+        return self.mlp(self.norm2(x), x)
 
 
 class SamAttention(nn.Module):
@@ -70,19 +69,20 @@ class SamAttention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(num_offsets, config.hidden_size // config.num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(num_offsets, config.hidden_size // config.num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, Y, X, C) -> (B, Y, X, C)."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual (B, Y, X, C) -> (B, Y, X, C), the residual added."""
         heads = (3, self.num_heads, -1)
         rel_pos_h, rel_pos_w = self.rel_pos_h.to(x.dtype), self.rel_pos_w.to(x.dtype)
         qkv_BYX3HD = self.qkv(x).unflatten(-1, heads)
         if self.window:
             # The public model pads the normed map with zeros, so a padded position's q, k and v are the bias.
             padding = self.qkv.bias.to(x.dtype).view(heads)
-            return self.proj(ops.window_attention(qkv_BYX3HD, padding, rel_pos_h, rel_pos_w, self.window))
+            attended = ops.window_attention(qkv_BYX3HD, padding, rel_pos_h, rel_pos_w, self.window)
+            return self.proj(attended, residual=residual)
         grid = (x.shape[1], x.shape[2])
         q_BHTD, k_BHTD, v_BHTD = qkv_BYX3HD.flatten(1, 2).permute(2, 0, 3, 1, 4)
         attended_BHTD = ops.rel_pos_attention(q_BHTD, k_BHTD, v_BHTD, rel_pos_h, rel_pos_w, grid)
-        return self.proj(attended_BHTD.transpose(1, 2).flatten(2).view(x.shape))
+        return self.proj(attended_BHTD.transpose(1, 2).flatten(2).view(x.shape), residual=residual)
 
 
 class Neck(nn.Module):
@@ -97,6 +97,6 @@ class Neck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, Y, X, in_channels) -> (B, channels, Y, X)."""
-        x = self.norm1(F.linear(x, self.conv1.weight.flatten(1).to(x.dtype)))
+        x = self.norm1(ops.linear(x, self.conv1.weight.flatten(1).to(x.dtype)))
         x = self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.norm2(x).permute(0, 3, 1, 2)

@@ -51,8 +51,8 @@ class SiglipBlock(nn.Module):
         self.mlp = Mlp(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = self.attn(self.norm1(x), x)
+        return self.mlp(self.norm2(x), x)
 
 
 class SiglipAttention(nn.Module):
@@ -64,6 +64,7 @@ class SiglipAttention(nn.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual (I, T, C) -> (I, T, C), the residual added."""
         q_BTHD, k_BTHD, v_BTHD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(ops.attention(q_BTHD, k_BTHD, v_BTHD).flatten(2))
+        return self.proj(ops.attention(q_BTHD, k_BTHD, v_BTHD).flatten(2), residual=residual)
