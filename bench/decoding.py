@@ -53,7 +53,8 @@ def _shallow(model: DeepSeekVL) -> DeepSeekVL:
 
 def _next_token(model: DeepSeekVL, cache: KVCache, token: Tensor) -> Run:
     """Our step; the cache does not keep the token."""
-    return lambda: model.lm_head(model.decode(token[:, 0], cache.keys, cache.values, cache.lengths))
+    operands = model.language.operands(model.compute_dtype)
+    return lambda: model.lm_head(model.decode(token[:, 0], operands, cache.keys, cache.values, cache.lengths))
 
 
 def _public_next_token(twin: Any, ids: Tensor, token: Tensor, compiled: bool) -> Run:
