@@ -72,6 +72,14 @@ def test_the_map_of_the_model(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sums_keep_their_accuracy(dtype):
+    """Of the convolutions, over 9 * 256 products."""
+    given = inputs(channels=(256, 256, 7), grid=(7, 5), dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given, 20)
+    assert_matches(through_op("cpp", 20), reference(20), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neither_threads_nor_addresses_matter(dtype):
     """To what is not torch's convolutions, whose sums depend on its threads."""
     detail, skip, alpha, *_ = given = inputs(channels=(133, 1, 1), grid=(9, 7), dtype=dtype)
