@@ -128,6 +128,11 @@ def _cpp_refusals(detail, skip, alpha, conv1_weight, conv2_weight, size) -> list
     return reasons
 
 
+def _cpp_worthwhile(detail, skip, alpha, conv1_weight, conv2_weight, size) -> bool:
+    # Of maps that do not lie channels-last, bringing them there costs what the one pass saves.
+    return detail.stride(1) == 1
+
+
 def merge_and_resize(detail, skip, alpha, size) -> Tensor:
     """The merged branches, (B, C, size, size) and channels-last in memory."""
     pixels = _pixels(detail)
@@ -195,7 +200,7 @@ def merge_and_resize_backward(grad_resized, detail, skip, alpha) -> tuple[Tensor
 
 
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
+KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile)}
 
 
 def _torch_forward(detail, skip, alpha, conv1_weight, conv2_weight, size):
