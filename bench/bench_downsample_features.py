@@ -11,7 +11,8 @@ FLOPS = 2 * 9 * 2 * CHANNELS**2 * ((SIZE // 2) ** 2 + 4 * (SIZE // 4) ** 2)
 
 
 def _inputs(make: Maker) -> Inputs:
-    maps = (make(1, CHANNELS, SIDE, SIDE) for _ in range(2))
+    # As the tower gives them, channels-last in memory.
+    maps = (make(1, SIDE, SIDE, CHANNELS).permute(0, 3, 1, 2) for _ in range(2))
     return *maps, make(1), make(2 * CHANNELS, CHANNELS, 3, 3, scale=0.02), make(4 * CHANNELS, 2 * CHANNELS, 3, 3)
 
 
