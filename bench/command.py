@@ -87,7 +87,12 @@ def _operators(names: Sequence[str], dtype: str, device: str) -> Iterator[Measur
 
 def _models(parts: Sequence[str], dtype: str, device: str, compiled: bool) -> Iterator[Measurement]:
     for part in parts:
-        module, function = MODELS[part]
-        make: Callable[..., Iterator] = getattr(import_module(f"vlcore.bench.{module}"), function)
-        for case in make(DTYPES[dtype], device, compiled):
-            yield from models.measure(case, DTYPES[dtype])
+        yield from _model(part, dtype, device, compiled)
+
+
+def _model(part: str, dtype: str, device: str, compiled: bool) -> Iterator[Measurement]:
+    # By itself, so that nothing holds a part's models when the next one's are made.
+    module, function = MODELS[part]
+    make: Callable[..., Iterator] = getattr(import_module(f"vlcore.bench.{module}"), function)
+    for case in make(DTYPES[dtype], device, compiled):
+        yield from models.measure(case, DTYPES[dtype])
