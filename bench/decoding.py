@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcore.bench.models import PROMPT, EndToEnd, Run, fill, prompt, random_model, twins_of, wider
+from vlcore.bench.models import PROMPT, EndToEnd, Run, fill, prompt, random_model, twins_of, widened, wider
 from vlcore.bench.peers import COMPILED, OURS, SDPA, torch_backend
 from vlcore.config import preset
 from vlcore.generate import KVCache
@@ -30,8 +30,7 @@ def decode(dtype: torch.dtype, device: str, compiled: bool) -> Iterator[EndToEnd
     caches = {name: fill(variant, ids)[0] for name, variant in models.items()}
     ours = {name: _next_token(variant, caches[name], token) for name, variant in models.items()}
     peers = {name: _public_next_token(twin, ids, token, name == COMPILED) for name, twin in twins.items()}
-    exact = copy.deepcopy(twins[SDPA]).to(wider(dtype))
-    checks = [(ours[OURS], peers[SDPA], _public_next_token(exact, ids, token, False))]
+    checks = [(ours[OURS], peers[SDPA], lambda: _public_next_token(widened(twins[SDPA], wider(dtype)), ids, token)())]
     for name in BITS:
         narrow, wide = (_by_references(models[name], ids, token, kind) for kind in (dtype, wider(dtype)))
         checks.append((ours[name], narrow, wide))
@@ -57,7 +56,7 @@ def _next_token(model: DeepSeekVL, cache: KVCache, token: Tensor) -> Run:
     return lambda: model.lm_head(model.decode(token[:, 0], operands, cache.keys, cache.values, cache.lengths))
 
 
-def _public_next_token(twin: Any, ids: Tensor, token: Tensor, compiled: bool) -> Run:
+def _public_next_token(twin: Any, ids: Tensor, token: Tensor, compiled: bool = False) -> Run:
     """transformers' step; what it appends to its cache is taken off again, which moves nothing."""
     cache: Any = None
     forward = torch.compile(twin.forward, dynamic=False) if compiled else twin.forward

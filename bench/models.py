@@ -89,6 +89,12 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
+def widened(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module in a wider dtype; no parameter is copied as it is first."""
+    memo = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, memo).to(dtype)
+
+
 def twins_of(model: DeepSeekVL, compiled: bool) -> dict[str, nn.Module]:
     twins = {EAGER: public_twin(model, "eager"), SDPA: public_twin(model, "sdpa")}
     if compiled:
@@ -101,7 +107,7 @@ def vision(dtype: torch.dtype, device: str, compiled: bool) -> Iterator[EndToEnd
     config = preset("deepseek_vl_1_3b_hybrid")
     model = random_model(replace(config, language=replace(config.language, num_layers=1)), dtype, device)
     twins = twins_of(model, compiled)
-    exact = copy.deepcopy(twins[SDPA]).to(wider(dtype))
+    exact = widened(twins[SDPA], wider(dtype))
     pixels = torch.rand(1, 3, config.image_size, config.image_size, device=device)
     low = torch.rand(1, 3, config.siglip.image_size, config.siglip.image_size, device=device)
     given = public_inputs(config, pixels)
@@ -189,7 +195,7 @@ def prefill(dtype: torch.dtype, device: str, compiled: bool) -> Iterator[EndToEn
     """A prompt through the 1.3B's language model into its cache, and the logits behind it."""
     model = random_model(preset("deepseek_vl_1_3b"), dtype, device)
     twins = twins_of(model, compiled)
-    exact = copy.deepcopy(twins[SDPA]).to(wider(dtype))
+    exact = widened(twins[SDPA], wider(dtype))
     ids = prompt(model, device)
 
     def call(twin: Any) -> Tensor:
