@@ -10,7 +10,7 @@ constexpr int64_t kMaxSteps = 1 << 14;
 
 // Rows of the weight that are multiplied at a time, and how far ahead they are asked for, at least.
 constexpr int64_t kWeightRows = 4;
-constexpr int64_t kPrefetched = 8192;
+constexpr int64_t kPrefetchedIntegers = 8192;
 
 // Rows of x as integers: x = unit * (digits[last] + digits[last - 1] / 256 + ...), the digits in -127..127 or
 // -128..127, so that the largest x of the row has 127 for its last. Three hold any bfloat16 to 2^-24 of the largest,
@@ -156,7 +156,7 @@ class QuantizedRows {
     const int32_t* starts = starts_of(row);
     const int64_t whole = bytes_ / kStep;
     // The same place of rows to come. Multiplying takes long enough that loads do not run far ahead by themselves.
-    const int64_t ahead = round_up(kPrefetched, kOutputs * bytes_);
+    const int64_t ahead = round_up(kPrefetchedIntegers, kOutputs * bytes_);
     Vec totals[kOutputs] = {};
     const auto segment = [&](int64_t first, int64_t last, __mmask64 rest, __mmask8 kept) VLCORE_INLINED {
       const int64_t index = first / kSteps;
