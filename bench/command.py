@@ -1,6 +1,7 @@
 """`vlcore bench`: operators at DeepSeek-VL's shapes, or whole models, beside what a user would run instead."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
@@ -73,8 +74,9 @@ def run(
         print(f"{dtype}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s at best", flush=True)
         results = chain(_operators(chosen, dtype, device), _models(parts, dtype, device, compiled))
         for found in results:
-            print(line(found, limit), flush=True)
-            kept.add(found, limit)
+            found = replace(found, limit=limit)
+            print(line(found), flush=True)
+            kept.add(found)
             if json_file:
                 kept.write(json_file)
 

@@ -1,5 +1,6 @@
 """One comparison of an operator: held against float64 first, then timed beside what a user would run instead."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -83,6 +84,7 @@ class Measurement:
         ours: which of the names in `seconds` is ours; of several backends the fastest.
         seconds: of each backend and peer.
         memory: bytes that each needs while it runs, where that was measured.
+        limit: what the machine could do at best, shortly before.
     """
 
     operator: str
@@ -94,6 +96,7 @@ class Measurement:
     flops: float = 0
     bytes: float = 0
     memory: Mapping[str, int | None] = field(default_factory=dict)
+    limit: Roofline = Roofline(math.inf, math.inf)
 
     @property
     def title(self) -> str:
@@ -109,9 +112,10 @@ class Measurement:
         """How many times as fast ours is."""
         return self.seconds[peer] / self.seconds[self.ours]
 
-    def rate(self, limit: Roofline) -> str:
-        """GFLOP/s or GB/s, with the percentage of what the machine was measured to reach."""
-        time = self.seconds[self.ours]
+    @property
+    def rate(self) -> str:
+        """GFLOP/s or GB/s, with the percentage of the limit."""
+        time, limit = self.seconds[self.ours], self.limit
         if self.bytes:
             return f"{self.bytes / time / 1e9:.1f} GB/s ({self.bytes / time / limit.bandwidth:.0%})"
         return f"{self.flops / time / 1e9:.0f} GFLOP/s ({self.flops / time / limit.flops:.0%})" if self.flops else ""

@@ -16,11 +16,11 @@ from vlcore.bench.timing import Roofline
 RESULTS = Path(__file__).parent / "results"
 
 
-def line(found: Measurement, limit: Roofline) -> str:
+def line(found: Measurement) -> str:
     """A measurement for a terminal: the time of ours, its rate, and how many times as fast it is as each other."""
     others = (f"{name} {found.ratio(name):.2f}x" for name in found.seconds if name != found.ours)
     time = f"{found.ours} {_time(found.seconds[found.ours])}"
-    columns = (found.title, found.shape, found.dtype, time, found.rate(limit), _memory(found), *others)
+    columns = (found.title, found.shape, found.dtype, time, found.rate, _memory(found), *others)
     return "  ".join(column for column in columns if column)
 
 
@@ -40,12 +40,10 @@ class Results:
     """What was measured on one machine."""
 
     machine: str
-    limits: dict[str, Roofline] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
 
-    def add(self, found: Measurement, limit: Roofline) -> None:
+    def add(self, found: Measurement) -> None:
         """Keep a measurement in place of one of the same thing."""
-        self.limits[found.dtype] = limit
         places = [i for i, other in enumerate(self.measurements) if _what(other) == _what(found)]
         if places:
             self.measurements[places[0]] = found
@@ -53,11 +51,10 @@ class Results:
             self.measurements.append(found)
 
     def write(self, path: Path) -> None:
-        limits = {dtype: limit._asdict() for dtype, limit in self.limits.items()}
         measurements = [asdict(found) for found in self.measurements]
         for found in measurements:
             found["seconds"] = {name: float(f"{seconds:.4g}") for name, seconds in found["seconds"].items()}
-        whole = {"machine": self.machine, "limits": limits, "measurements": measurements}
+        whole = {"machine": self.machine, "measurements": measurements}
         path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
@@ -75,8 +72,8 @@ def read(path: Path) -> Results:
     """
     try:
         whole = json.loads(path.read_text())
-        limits = {dtype: Roofline(**limit) for dtype, limit in whole["limits"].items()}
-        return Results(whole["machine"], limits, [Measurement(**found) for found in whole["measurements"]])
+        found = [Measurement(**entry | {"limit": Roofline(*entry["limit"])}) for entry in whole["measurements"]]
+        return Results(whole["machine"], found)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results: {error!r}.") from None
 
@@ -89,15 +86,14 @@ def operator_table(results: Results) -> str:
         cells = []
         for dtype in ("bfloat16", "float32"):
             same = [f for f in chosen if (f.title, f.shape, f.dtype) == (title, shape, dtype)]
-            cells.append(_cell(same[0], results.limits[dtype]) if same else "not measured")
+            cells.append(_cell(same[0]) if same else "not measured")
         lines.append(f"| {title} | {shape} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(found: Measurement, limit: Roofline) -> str:
-    rate = found.rate(limit)
+def _cell(found: Measurement) -> str:
     peer = f"**{found.ratio(found.best_peer):.2f}×** {found.best_peer}"
-    return ", ".join(part for part in (_time(found.seconds[found.ours]), rate, peer) if part)
+    return ", ".join(part for part in (_time(found.seconds[found.ours]), found.rate, peer) if part)
 
 
 def model_table(results: Results) -> str:
@@ -106,10 +102,9 @@ def model_table(results: Results) -> str:
     lines = ["| what | with | time | rate | times as fast as | memory |", "|---|---|---|---|---|---|"]
     for found in chosen:
         peers = (f"{name} **{found.ratio(name):.2f}×**" for name in found.seconds if name != found.ours)
-        rate = found.rate(results.limits[found.dtype])
         with_what = f"{found.ours.removeprefix(OURS).removeprefix(', ') or found.dtype}"
         what = f"{found.operator}, {found.shape}"
-        cells = (what, with_what, _time(found.seconds[found.ours]), rate, ", ".join(peers), _memory(found))
+        cells = (what, with_what, _time(found.seconds[found.ours]), found.rate, ", ".join(peers), _memory(found))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
