@@ -95,6 +95,7 @@ static void decode_block_forward(const void* x, const void* residual, const void
                                  int64_t batch, int64_t hidden, int64_t intermediate, int64_t row_stride,
                                  int64_t token_stride, int64_t heads, int64_t kv_heads, int64_t head_dim, double theta,
                                  float eps) {
+  if (batch == 0) return;
   const int64_t query_size = heads * head_dim, kv_size = kv_heads * head_dim;
   const float scale = 1.f / std::sqrt(static_cast<float>(head_dim));
   DecodeHeads<T> attention({batch, row_stride, token_stride, heads, kv_heads, head_dim}, lengths, theta, scale);
