@@ -76,7 +76,7 @@ cpp = Pybind11Extension(
     include_dirs=["csrc"],
     depends=[*sources("*.h"), *sources("cpu/*.h")],
     cxx_std=17,
-    extra_compile_args=["-O1" if SANITIZED else "-O3", "-fno-math-errno", *OPENMP, *SANITIZERS],
+    extra_compile_args=["-O2" if SANITIZED else "-O3", "-fno-math-errno", *OPENMP, *SANITIZERS],
     extra_link_args=[*OPENMP, *SANITIZERS],
 )
 cuda = Extension("vlcore._cuda", ["csrc/cuda_bindings.cpp", *sources("cuda/*.cu")])
