@@ -83,6 +83,7 @@ cuda = Extension("vlcore._cuda", ["csrc/cuda_bindings.cpp", *sources("cuda/*.cu"
 
 setup(
     packages=find_namespace_packages(include=["vlcore", "vlcore.*"]),
+    package_data={"vlcore.kernels": ["*.json"]},
     ext_modules=[cpp, cuda] if cuda.sources[1:] and wants_cuda() else [cpp],
     cmdclass={"build_ext": BuildExt},
     options={"build": {"build_base": "build/sanitize", "build_lib": "build/sanitize/lib"}} if SANITIZED else {},

@@ -1,7 +1,14 @@
-"""What every Triton launcher needs to know; importing it does not import Triton."""
+"""What every Triton launcher needs to know; importing it does not import Triton.
 
+How a kernel is launched (its blocks, warps and pipeline stages) is written down, not searched for at run time:
+kernels/<operator>.json holds a table for each kernel and architecture, which `bench/tune.py` writes on a GPU.
+"""
+
+import json
 import os
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +34,41 @@ def refusals(*tensors: Tensor) -> list[str]:
 def worthwhile(x: Tensor, *others) -> bool:
     """Triton's interpreter is for tests: nobody wants it who did not ask."""
     return x.is_cuda and not INTERPRETED
+
+
+@cache
+def architecture(index: int | None) -> str:
+    """The table that a GPU is launched by. The data centre's Hopper and Blackwell have their own; that of sm_80 fits the
+    99 KiB of shared memory that every GPU since Ampere has, and is the interpreter's."""
+    major = 8 if index is None else torch.cuda.get_device_capability(index)[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def settings(operator: str, kernel: str, device: torch.device, **sizes: int) -> dict[str, int]:
+    """How to launch a kernel: the first entry of its table whose limits ("up_to") all of the sizes keep.
+
+    Args:
+        operator, kernel: kernels/<operator>.json, and the name of a kernel in it.
+        device: of the tensors.
+        sizes: what the choice depends on, such as rows or the head's dimension; powers of two keep the cache small.
+
+    Returns:
+        Constants of the kernel, num_warps and num_stages by name. Not to be changed.
+    """
+    return _settings(operator, kernel, architecture(device.index), tuple(sizes.items()))
+
+
+@cache
+def _settings(operator: str, kernel: str, architecture: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    for entry in _table(operator)[kernel][architecture]:
+        if all(size <= entry.get("up_to", {}).get(name, size) for name, size in sizes):
+            return {name: value for name, value in entry.items() if name != "up_to"}
+    raise LookupError(f"The table of {operator}'s {kernel} on {architecture} has no entry for {dict(sizes)}.")
+
+
+@cache
+def _table(operator: str) -> dict:
+    return json.loads((Path(__file__).parent / f"{operator}.json").read_text())
 
 
 def num_warps(block: int) -> int:

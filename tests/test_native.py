@@ -1,5 +1,6 @@
 """What the extension does besides kernels."""
 
+import mmap
 import re
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import torch
 from vlcore import native
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SIZE = 64 * 2**20
+
+
+def fresh() -> torch.Tensor:
+    """Memory that the system has just given: an allocator could hand out what another tensor asked for and left."""
+    return torch.frombuffer(mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def flags(tensor: torch.Tensor) -> list[str]:
@@ -26,7 +33,7 @@ def flags(tensor: torch.Tensor) -> list[str]:
 @pytest.mark.skipif(not SETTING.exists(), reason="this system has no transparent huge pages")
 def test_the_system_is_asked_for_huge_pages():
     """Whether it has any to give depends on what else is in its memory."""
-    plain, wanted = (torch.empty(64 * 2**20, dtype=torch.uint8) for _ in range(2))
+    plain, wanted = fresh(), fresh()
     native.prefer_huge_pages(wanted)
     assert "hg" in flags(wanted) and "hg" not in flags(plain)
 
