@@ -31,6 +31,12 @@ def refusals(*tensors: Tensor) -> list[str]:
     return [reason for reason, applies in reasons.items() if applies]
 
 
+def dot_refusals(*tensors: Tensor) -> list[str]:
+    """Why Triton cannot run a kernel that multiplies matrices on these tensors."""
+    wrong = INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    return refusals(*tensors) + ["Triton's interpreter multiplies matrices of bfloat16 wrongly"] * wrong
+
+
 def worthwhile(x: Tensor, *others) -> bool:
     """Triton's interpreter is for tests: nobody wants it who did not ask."""
     return x.is_cuda and not INTERPRETED
@@ -38,8 +44,8 @@ def worthwhile(x: Tensor, *others) -> bool:
 
 @cache
 def architecture(index: int | None) -> str:
-    """The table that a GPU is launched by. The data centre's Hopper and Blackwell have their own; that of sm_80 fits the
-    99 KiB of shared memory that every GPU since Ampere has, and is the interpreter's."""
+    """The table that a GPU is launched by. The data centre's Hopper and Blackwell have their own; that of sm_80 fits
+    the 99 KiB of shared memory that every GPU since Ampere has, and is the interpreter's."""
     major = 8 if index is None else torch.cuda.get_device_capability(index)[0]
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
