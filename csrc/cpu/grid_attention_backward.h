@@ -31,6 +31,10 @@ VLCORE_INLINE void store_packed(bfloat16* to, Vec even, Vec odd) {
 }
 #endif
 
+// Of so few keys, such as a window's, a block's probabilities and the gradients of them are held between the pass that
+// sums delta and the one that uses it.
+constexpr int64_t kHeldLanes = 512;
+
 // What a block of queries has besides: the gradient of its outputs and of its scores.
 template <typename T>
 class BackwardBlock : public QueryBlock<T> {
@@ -43,10 +47,12 @@ class BackwardBlock : public QueryBlock<T> {
 
   explicit BackwardBlock(const Grid& grid)
       : Base(grid),
+        is_held(grid.lanes() <= kHeldLanes),
         grad_out(kBlockRows * Base::q_stride),
         packed_q(packed_size<O>(kBlockRows, grid.head_dim)),
         packed_grad_out(packed_size<O>(kBlockRows, grid.head_dim)),
-        probabilities(kRows * kWidth),
+        probabilities(is_held ? kBlockRows * round_up(grid.lanes(), kWidth) : kRows * kWidth),
+        grad_probabilities(is_held ? kBlockRows * round_up(grid.lanes(), kWidth) : 0),
         packed_probabilities(kBlockRows * kWidth),
         grad_scores(kRows * kWidth),
         packed_grad_scores(kBlockRows * kWidth),
@@ -85,8 +91,9 @@ class BackwardBlock : public QueryBlock<T> {
     pack(grad_out.get(), Base::q_stride, rows, dim, packed_grad_out.get());
   }
 
-  // delta = grad_out . out, by the product that gives grad_out . v: where a softmax has one key they must cancel. In
-  // float32 the rounding of `out` would be seen where gradients are small, and delta_group corrects it.
+  // delta = grad_out . out, by the product that gives grad_out . v: where a softmax has one key they must cancel. Where
+  // many keys have one value they must too, and the rounding of `out` would be seen: delta_group corrects it, in
+  // bfloat16 only where that costs no product.
   void load_delta(const Query<T>* queries, int64_t count) {
     for (int64_t first = 0; first < count; first += kRows) {
       const auto out = [&](int64_t row) { return first + row < count ? queries[first + row].out : nullptr; };
@@ -123,8 +130,12 @@ class BackwardBlock : public QueryBlock<T> {
                  Base::out_stride, kWidth * Panel<O>::kGrain);
   }
 
+  // Where the group of queries from `first` on has its part of a panel, (kRows, kWidth).
+  int64_t held_at(int64_t panel, int64_t first) const { return is_held ? (panel * kBlockRows + first) * kWidth : 0; }
+
+  const bool is_held;
   const Scratch<O> grad_out, packed_q, packed_grad_out;
-  const Scratch<float> probabilities;
+  const Scratch<float> probabilities, grad_probabilities;
   const Scratch<O> packed_probabilities, grad_scores, packed_grad_scores;
   const Scratch<float> delta, delta_lanes, sum_lanes, factors, grad_q, grad_rel_h, grad_rel_w;
 
@@ -138,11 +149,11 @@ class BackwardBlock : public QueryBlock<T> {
   const Scratch<O> offsets_, packed_offsets_, packed_out_;
 };
 
-// Probabilities of kRows queries and a panel of keys, and grad_out v^T.
+// Probabilities of kRows queries and a panel of keys, up to the rows' factors, and grad_out v^T.
 template <int kVecs, typename T, int kRows>
 VLCORE_INLINE void probabilities_and_gradients(const BackwardBlock<T>& block, int64_t first, const Operand<T>* keys,
                                                const Operand<T>* values, const Places<Operand<T>>& places,
-                                               Vec (&grad)[kRows][kVecs]) {
+                                               float* probabilities, Vec (&grad)[kRows][kVecs]) {
   using O = Operand<T>;
   score(block, first, keys, places, grad);
 #pragma GCC unroll 8
@@ -150,9 +161,7 @@ VLCORE_INLINE void probabilities_and_gradients(const BackwardBlock<T>& block, in
 #pragma GCC unroll 4
     for (int vec = 0; vec < kVecs; ++vec) {
       const float rel_h = block.rel_h.get()[(first + row) * block.grid.height + places.y[vec]];
-      Vec p = exp_of_score<O>(grad[row][vec] + rel_h);
-      if constexpr (BackwardBlock<T>::kIsFloat) p *= block.factors.get()[first + row];
-      store(block.probabilities.get() + row * Panel<O>::kWidth + vec * kLanes, p);
+      store(probabilities + row * Panel<O>::kWidth + vec * kLanes, exp_of_score<O>(grad[row][vec] + rel_h));
     }
   }
   multiply_in_registers(block.grad_out.get() + first * block.q_stride, block.q_stride, Panel<O>::kGrain, values,
@@ -161,17 +170,20 @@ VLCORE_INLINE void probabilities_and_gradients(const BackwardBlock<T>& block, in
 
 // Adds a panel's part of the sums of p and of p * (grad_out v^T - delta), by lanes.
 template <int kVecs, typename T>
-static void delta_group(BackwardBlock<T>& block, int64_t first, const Operand<T>* keys, const Operand<T>* values,
-                        const Places<Operand<T>>& places) {
+static void delta_group(BackwardBlock<T>& block, int64_t panel, int64_t first, const Operand<T>* keys,
+                        const Operand<T>* values, const Places<Operand<T>>& places) {
   constexpr int kRows = Panel<Operand<T>>::kRows, kWidth = Panel<Operand<T>>::kWidth;
+  float* probabilities = block.probabilities.get() + block.held_at(panel, first);
+  float* held = block.grad_probabilities.get() + block.held_at(panel, first);
   Vec grad[kRows][kVecs];
-  probabilities_and_gradients(block, first, keys, values, places, grad);
+  probabilities_and_gradients(block, first, keys, values, places, probabilities, grad);
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     Vec sum = {}, products = {};
 #pragma GCC unroll 4
     for (int vec = 0; vec < kVecs; ++vec) {
-      const Vec p = load(block.probabilities.get() + row * kWidth + vec * kLanes);
+      const Vec p = load(probabilities + row * kWidth + vec * kLanes);
+      if (block.is_held) store(held + row * kWidth + vec * kLanes, grad[row][vec]);
       sum += p;
       products += p * (grad[row][vec] - block.delta.get()[first + row]);
     }
@@ -185,13 +197,23 @@ static void delta_group(BackwardBlock<T>& block, int64_t first, const Operand<T>
 // kRows queries and a panel of keys: their probabilities p, and the gradient of their scores p * (grad_out v^T -
 // delta).
 template <int kVecs, typename T>
-static void backward_group(BackwardBlock<T>& block, int64_t first, const Operand<T>* keys, const Operand<T>* key_rows,
-                           const Operand<T>* values, const Places<Operand<T>>& places) {
+static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first, const Operand<T>* keys,
+                           const Operand<T>* key_rows, const Operand<T>* values, const Places<Operand<T>>& places) {
   using O = Operand<T>;
   constexpr int kRows = Panel<O>::kRows, kWidth = Panel<O>::kWidth, kGrain = Panel<O>::kGrain;
+  float* probabilities = block.probabilities.get() + block.held_at(panel, first);
+  const float* held = block.grad_probabilities.get() + block.held_at(panel, first);
+  const float *factors = block.factors.get() + first, *delta = block.delta.get() + first;
   Vec grad[kRows][kVecs];
-  probabilities_and_gradients(block, first, keys, values, places, grad);
-  const float* probabilities = block.probabilities.get();
+  if (block.is_held) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int vec = 0; vec < kVecs; ++vec) grad[row][vec] = load(held + row * kWidth + vec * kLanes);
+    }
+  } else {
+    probabilities_and_gradients(block, first, keys, values, places, probabilities, grad);
+  }
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; row += 2) {
     O* packed_p = block.packed_probabilities.get() + (first + row) * kWidth;
@@ -199,9 +221,9 @@ static void backward_group(BackwardBlock<T>& block, int64_t first, const Operand
 #pragma GCC unroll 4
     for (int vec = 0; vec < kVecs; ++vec) {
       const float* at = probabilities + row * kWidth + vec * kLanes;
-      const Vec even = load(at), odd = load(at + kWidth);
-      grad[row][vec] = even * (grad[row][vec] - block.delta.get()[first + row]);
-      grad[row + 1][vec] = odd * (grad[row + 1][vec] - block.delta.get()[first + row + 1]);
+      const Vec even = load(at) * factors[row], odd = load(at + kWidth) * factors[row + 1];
+      grad[row][vec] = even * (grad[row][vec] - delta[row]);
+      grad[row + 1][vec] = odd * (grad[row + 1][vec] - delta[row + 1]);
       store_packed(packed_p + vec * kLanes * kGrain, even, odd);
       store_packed(packed_grad + vec * kLanes * kGrain, grad[row][vec], grad[row + 1][vec]);
     }
@@ -233,12 +255,12 @@ static void attend_backward(const Query<T>* queries, int64_t count, const Packed
                             const PackedTable<Operand<T>>& table_w, BackwardBlock<T>& block, const GridSums& sums) {
   block.load(queries, count, table_h, table_w);
   block.load_delta(queries, count);
-  if constexpr (BackwardBlock<T>::kIsFloat) {
+  if (BackwardBlock<T>::kIsFloat || block.is_held) {
     for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
       const Places<Operand<T>> places(block.grid, panel);
       for_num_vecs(places, [&](auto num_vecs) {
         for (int64_t first = 0; first < block.rows; first += block.kRows) {
-          delta_group<num_vecs>(block, first, keys.columns(panel), values.columns(panel), places);
+          delta_group<num_vecs>(block, panel, first, keys.columns(panel), values.columns(panel), places);
         }
       });
     }
@@ -252,7 +274,8 @@ static void attend_backward(const Query<T>* queries, int64_t count, const Packed
     const Places<Operand<T>> places(block.grid, panel);
     for_num_vecs(places, [&](auto num_vecs) {
       for (int64_t first = 0; first < block.rows; first += block.kRows) {
-        backward_group<num_vecs>(block, first, keys.columns(panel), keys.rows(panel), values.columns(panel), places);
+        backward_group<num_vecs>(block, panel, first, keys.columns(panel), keys.rows(panel), values.columns(panel),
+                                 places);
       }
     });
     const int64_t lanes = places.num_vecs * kLanes, at = panel * block.kWidth * sums.stride;
