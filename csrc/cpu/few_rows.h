@@ -35,19 +35,32 @@ VLCORE_INLINE typename Step<T>::Loaded read_first(const T* from, int64_t count) 
   return Step<T>::read(padded);
 }
 
-// y[row * outputs], for kRows rows of x, of one row of a weight. It is read in one stream, which is what the memory
-// serves fastest, and summed in as many chains as keep the multipliers busy.
-template <int kRows, typename T>
-static void dot_products(const T* x, const T* weight, float shift, T* y, int64_t outputs, int64_t inputs) {
+// Rows of the weight that rows of x are multiplied with at a time, where these are many enough to keep the multipliers
+// busier than the memory.
+constexpr int64_t kManyRows = 4, kOutputsAtOnce = kLanes == 16 ? 4 : 2;
+
+// y[row * outputs + output], for kRows rows of x and kOutputs rows of a weight. One row of a weight is read in one
+// stream, which is what the memory serves fastest, and summed in as many chains as keep the multipliers busy.
+template <int kRows, int kOutputs, typename T>
+static void dot_products(const T* x, const T* weight, const T* bias, T* y, int64_t outputs, int64_t inputs) {
   using S = Step<T>;
-  constexpr int kChains = 8 / kRows;
-  Vec sums[kRows][kChains] = {};
+  constexpr int kChains = std::max(8 / (kRows * kOutputs), 1);
+  Vec sums[kRows][kOutputs][kChains] = {};
   const auto step = [&](int chain, int64_t k) VLCORE_INLINED {
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + k) + kPrefetched, 0, 2);
-    const typename S::Loaded from_weight = S::read(weight + k);
+    typename S::Loaded from_weight[kOutputs];
+#pragma GCC unroll 4
+    for (int output = 0; output < kOutputs; ++output) {
+      const T* from = weight + output * inputs + k;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetched * kOutputs, 0, 2);
+      from_weight[output] = S::read(from);
+    }
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      sums[row][chain] = S::add(sums[row][chain], from_weight, S::read(x + row * inputs + k));
+      const typename S::Loaded from_x = S::read(x + row * inputs + k);
+#pragma GCC unroll 4
+      for (int output = 0; output < kOutputs; ++output) {
+        sums[row][output][chain] = S::add(sums[row][output][chain], from_weight[output], from_x);
+      }
     }
   };
   int64_t k = 0;
@@ -57,12 +70,16 @@ static void dot_products(const T* x, const T* weight, float shift, T* y, int64_t
   }
   for (; k + S::kSize <= inputs; k += S::kSize) step(0, k);
   for (int row = 0; row < kRows; ++row) {
-    if (k < inputs) {
-      const typename S::Loaded last = read_first(x + row * inputs + k, inputs - k);
-      sums[row][0] = S::add(sums[row][0], read_first(weight + k, inputs - k), last);
+    for (int output = 0; output < kOutputs; ++output) {
+      Vec* sum = sums[row][output];
+      if (k < inputs) {
+        const typename S::Loaded last = read_first(x + row * inputs + k, inputs - k);
+        sum[0] = S::add(sum[0], read_first(weight + output * inputs + k, inputs - k), last);
+      }
+      for (int chain = 1; chain < kChains; ++chain) sum[0] += sum[chain];
+      const float shift = bias ? static_cast<float>(bias[output]) : 0.f;
+      y[row * outputs + output] = convert<T>(reduce_add(sum[0]) + shift);
     }
-    for (int chain = 1; chain < kChains; ++chain) sums[row][0] += sums[row][chain];
-    y[row * outputs] = convert<T>(reduce_add(sums[row][0]) + shift);
   }
 }
 
@@ -70,18 +87,24 @@ static void dot_products(const T* x, const T* weight, float shift, T* y, int64_t
 template <typename T>
 static void multiply_rows(const T* x, const T* weight, const T* bias, T* y, int64_t rows, int64_t outputs,
                           int64_t inputs, int64_t begin, int64_t end) {
-  for (int64_t output = begin; output < end; ++output) {
-    const T* from = weight + output * inputs;
-    const float shift = bias ? static_cast<float>(bias[output]) : 0.f;
+  int64_t output = begin;
+  const auto take = [&](auto count) {
+    constexpr int kOutputs = decltype(count)::value;
+    const T *from = weight + output * inputs, *shift = bias ? bias + output : nullptr;
     int64_t row = 0;
     for (; row + 4 <= rows; row += 4) {
-      dot_products<4>(x + row * inputs, from, shift, y + row * outputs + output, outputs, inputs);
+      dot_products<4, kOutputs>(x + row * inputs, from, shift, y + row * outputs + output, outputs, inputs);
     }
     for (; row + 2 <= rows; row += 2) {
-      dot_products<2>(x + row * inputs, from, shift, y + row * outputs + output, outputs, inputs);
+      dot_products<2, kOutputs>(x + row * inputs, from, shift, y + row * outputs + output, outputs, inputs);
     }
-    if (row < rows) dot_products<1>(x + row * inputs, from, shift, y + row * outputs + output, outputs, inputs);
-  }
+    if (row < rows) {
+      dot_products<1, kOutputs>(x + row * inputs, from, shift, y + row * outputs + output, outputs, inputs);
+    }
+    output += kOutputs;
+  };
+  while (rows >= kManyRows && output + kOutputsAtOnce <= end) take(std::integral_constant<int, kOutputsAtOnce>{});
+  while (output < end) take(std::integral_constant<int, 1>{});
 }
 
 }  // namespace vlcore::VLCORE_LEVEL
