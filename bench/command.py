@@ -97,4 +97,4 @@ def _model(part: str, dtype: str, device: str, compiled: bool) -> Iterator[Measu
     module, function = MODELS[part]
     make: Callable[..., Iterator] = getattr(import_module(f"vlcore.bench.{module}"), function)
     for case in make(DTYPES[dtype], device, compiled):
-        yield from models.measure(case, DTYPES[dtype])
+        yield from models.measure(case, DTYPES[dtype], device)

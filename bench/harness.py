@@ -13,7 +13,7 @@ from torch import Tensor
 from vlcore import ops
 from vlcore.bench.accuracy import assert_as_accurate
 from vlcore.bench.peers import TORCH_BACKEND
-from vlcore.bench.timing import Roofline, medians
+from vlcore.bench.timing import Roofline, Spread, computed, waited
 from vlcore.ops.dispatch import TORCH
 
 Inputs = tuple | Sequence[tuple]
@@ -82,7 +82,8 @@ class Measurement:
 
     Attributes:
         ours: which of the names in `seconds` is ours; of several backends the fastest.
-        seconds: of each backend and peer.
+        seconds: of each backend and peer, the median.
+        quartiles: below and above each median.
         memory: bytes that each needs while it runs, where that was measured.
         limit: what the machine could do at best, shortly before.
     """
@@ -93,6 +94,7 @@ class Measurement:
     trains: bool
     ours: str
     seconds: dict[str, float]
+    quartiles: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     flops: float = 0
     bytes: float = 0
     memory: Mapping[str, int | None] = field(default_factory=dict)
@@ -114,11 +116,21 @@ class Measurement:
 
     @property
     def rate(self) -> str:
-        """GFLOP/s or GB/s, with the percentage of the limit."""
+        """FLOP/s or bytes/s, with the percentage of the limit."""
         time, limit = self.seconds[self.ours], self.limit
         if self.bytes:
-            return f"{self.bytes / time / 1e9:.1f} GB/s ({self.bytes / time / limit.bandwidth:.0%})"
-        return f"{self.flops / time / 1e9:.0f} GFLOP/s ({self.flops / time / limit.flops:.0%})" if self.flops else ""
+            rate = self.bytes / time
+            shown = f"{rate / 1e12:.2f} TB/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GB/s"
+            return f"{shown} ({rate / limit.bandwidth:.0%})"
+        rate = self.flops / time
+        shown = f"{rate / 1e12:.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:.0f} GFLOP/s"
+        return f"{shown} ({rate / limit.flops:.0%})" if self.flops else ""
+
+
+def split(times: Mapping[str, Spread]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """The medians and the quartiles of what was timed."""
+    medians = {name: spread.median for name, spread in times.items()}
+    return medians, {name: (spread.low, spread.high) for name, spread in times.items()}
 
 
 def measure(case: Case, make: Maker) -> Measurement:
@@ -135,7 +147,8 @@ def measure(case: Case, make: Maker) -> Measurement:
     functions = {name: _timed(case, case.on(name), turns) for name in backends}
     functions[TORCH_BACKEND] = _timed(case, case.on(TORCH), turns)
     functions |= {name: _timed(case, peer, turns) for name, peer in case.peers.items()}
-    seconds = medians(functions)
+    times = computed(functions) if make.device == "cuda" else waited(functions, make.device)
+    seconds, quartiles = split(times)
     return Measurement(
         operator=case.operator,
         shape=case.shape,
@@ -143,6 +156,7 @@ def measure(case: Case, make: Maker) -> Measurement:
         trains=case.trains,
         ours=min(backends or [TORCH_BACKEND], key=lambda name: seconds[name]),
         seconds=seconds,
+        quartiles=quartiles,
         flops=case.flops,
         bytes=case.elements * make.dtype.itemsize + case.bytes,
     )

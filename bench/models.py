@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vlcore.bench.accuracy import assert_as_accurate
-from vlcore.bench.harness import Measurement
+from vlcore.bench.harness import Measurement, split
 from vlcore.bench.peers import COMPILED, EAGER, OURS, SDPA, public_twin
 from vlcore.bench.public_models import make_telling, public_inputs
-from vlcore.bench.timing import medians, working_memory
+from vlcore.bench.timing import waited, working_memory
 from vlcore.config import VLConfig, preset
 from vlcore.costs import head_flops, image_flops, llama_flops
 from vlcore.generate import KVCache
@@ -47,7 +47,7 @@ class EndToEnd:
     trains: bool = False
 
 
-def measure(case: EndToEnd, dtype: torch.dtype) -> Iterator[Measurement]:
+def measure(case: EndToEnd, dtype: torch.dtype, device: str) -> Iterator[Measurement]:
     """Check, then time; one measurement for each of ours.
 
     Raises:
@@ -57,8 +57,8 @@ def measure(case: EndToEnd, dtype: torch.dtype) -> Iterator[Measurement]:
         for ours, baseline, exact in case.checks:
             assert_as_accurate(ours(), baseline(), exact().double())
         every = {**case.ours, **case.peers}
-        seconds = medians(every)
-        memory = {name: working_memory(run) for name, run in every.items()} if case.memory else {}
+        seconds, quartiles = split(waited(every, device))
+        memory = {name: working_memory(run, device) for name, run in every.items()} if case.memory else {}
     for name in case.ours:
         yield Measurement(
             operator=case.what,
@@ -67,6 +67,7 @@ def measure(case: EndToEnd, dtype: torch.dtype) -> Iterator[Measurement]:
             trains=case.trains,
             ours=name,
             seconds={other: time for other, time in seconds.items() if other == name or other in case.peers},
+            quartiles={other: two for other, two in quartiles.items() if other == name or other in case.peers},
             flops=case.flops,
             bytes=case.bytes.get(name, 0),
             memory=memory,

@@ -35,6 +35,7 @@ def public_twin(model: DeepSeekVL, attention: str) -> nn.Module:
         public = AutoModelForImageTextToText.from_config(public_config(model.config, Path(folder))).eval()
     public.set_attn_implementation(attention)
     parameters = dict(model.named_parameters())
+    strays = {name for name, _ in public.named_parameters()}
     for binding in layouts.bindings(model.config, "transformers"):
         if binding.parameter is None:
             continue
@@ -42,7 +43,10 @@ def public_twin(model: DeepSeekVL, attention: str) -> nn.Module:
         weight = weight if binding.rows is None else weight[binding.rows]
         owner, _, name = binding.key.rpartition(".")
         setattr(public.get_submodule(owner), name, nn.Parameter(weight.view(binding.shape), requires_grad=False))
-    strays = [name for name, parameter in public.named_parameters() if parameter.is_meta]
+        strays.discard(binding.key)
+    for key, buffer in list(public.named_buffers()):
+        owner, _, name = key.rpartition(".")
+        setattr(public.get_submodule(owner), name, buffer.to(weight.device))
     assert all(layouts.is_never_applied(name) for name in strays), strays
     return public
 

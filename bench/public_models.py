@@ -32,7 +32,13 @@ def public_model(config: VLConfig, folder: Path, seed: int = 0) -> nn.Module:
 @torch.no_grad()
 def make_telling(model: nn.Module, seed: int = 0) -> None:
     """Random weights at a scale at which attention is far from uniform and no bias or gain is without effect."""
-    generator = torch.Generator().manual_seed(seed)
+    # The generators of whatever devices the weights are on, as they were afterwards.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _randomize(model)
+
+
+def _randomize(model: nn.Module) -> None:
     tied = "lm_head.weight" not in dict(model.named_parameters())
     for name, parameter in model.named_parameters():
         mean, std = 0.0, 0.2
@@ -50,7 +56,7 @@ def make_telling(model: nn.Module, seed: int = 0) -> None:
         else:
             # The language model's sublayers speak up, or the last token alone would choose the next.
             std = (2.0 if "language" in name else 1.2) * parameter[0].numel() ** -0.5
-        parameter.normal_(mean, std, generator=generator)
+        parameter.normal_(mean, std)
 
 
 @torch.no_grad()
@@ -70,7 +76,7 @@ def public_inputs(config: VLConfig, pixels: Tensor) -> dict[str, Tensor]:
     low = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
     inputs = {"pixel_values": (low - 0.5) / 0.5}
     if config.sam:
-        mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in (CLIP_MEAN, CLIP_STD))
+        mean, std = (pixels.new_tensor(channels).view(3, 1, 1) for channels in (CLIP_MEAN, CLIP_STD))
         inputs["high_res_pixel_values"] = (pixels - mean) / std
     return inputs
 

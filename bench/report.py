@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlcore.bench.harness import Measurement
 from vlcore.bench.peers import EAGER, OURS
@@ -19,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 def line(found: Measurement) -> str:
     """A measurement for a terminal: the time of ours, its rate, and how many times as fast it is as each other."""
     others = (f"{name} {found.ratio(name):.2f}x" for name in found.seconds if name != found.ours)
-    time = f"{found.ours} {_time(found.seconds[found.ours])}"
+    time = f"{found.ours} {_time(found.seconds[found.ours])}{_spread(found)}"
     columns = (found.title, found.shape, found.dtype, time, found.rate, _memory(found), *others)
     return "  ".join(column for column in columns if column)
 
@@ -28,6 +29,11 @@ def _time(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _spread(found: Measurement) -> str:
+    low, high = found.quartiles.get(found.ours, (0, 0))
+    return f" (from {_time(low)} to {_time(high)})" if high else ""
 
 
 def _memory(found: Measurement) -> str:
@@ -53,9 +59,14 @@ class Results:
     def write(self, path: Path) -> None:
         measurements = [asdict(found) for found in self.measurements]
         for found in measurements:
-            found["seconds"] = {name: float(f"{seconds:.4g}") for name, seconds in found["seconds"].items()}
+            found["seconds"] = {name: _rounded(seconds) for name, seconds in found["seconds"].items()}
+            found["quartiles"] = {name: [*map(_rounded, two)] for name, two in found["quartiles"].items()}
         whole = {"machine": self.machine, "measurements": measurements}
         path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
 
 
 def _what(found: Measurement) -> tuple:
@@ -72,10 +83,14 @@ def read(path: Path) -> Results:
     """
     try:
         whole = json.loads(path.read_text())
-        found = [Measurement(**entry | {"limit": Roofline(*entry["limit"])}) for entry in whole["measurements"]]
-        return Results(whole["machine"], found)
+        return Results(whole["machine"], [_measurement(entry) for entry in whole["measurements"]])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results: {error!r}.") from None
+
+
+def _measurement(entry: dict[str, Any]) -> Measurement:
+    quartiles = {name: tuple(two) for name, two in entry.get("quartiles", {}).items()}
+    return Measurement(**entry | {"limit": Roofline(*entry["limit"]), "quartiles": quartiles})
 
 
 def operator_table(results: Results) -> str:

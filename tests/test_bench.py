@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -80,16 +81,19 @@ def test_every_case_is_of_its_operator_and_can_be_listed(operator):
 
 def test_the_terminal_says_time_rate_and_ratios():
     assert line(FOUND) == "swiglu  2 × 3  float32  cpp 2 ms  F.silu 2.50x"
+    assert "cpp 2 ms (from 1.9 ms to 2.2 ms)" in line(dataclasses.replace(FOUND, quartiles={"cpp": (1.9e-3, 2.2e-3)}))
     rated = dataclasses.replace(FOUND, bytes=4e7, trains=True, memory={"cpp": 2**20, EAGER: 2**22})
     assert "forward and backward" in line(rated)
     assert "20.0 GB/s (50%)  1 MiB beside 4" in line(rated)
     assert "100 GFLOP/s (25%)" in line(dataclasses.replace(FOUND, flops=2e8))
+    assert "20 TFLOP/s" in line(dataclasses.replace(FOUND, flops=4e10))
+    assert "2.00 TB/s" in line(dataclasses.replace(FOUND, bytes=4e9))
 
 
 def test_results_are_kept_and_replaced(tmp_path):
     file = tmp_path / "results.json"
     results = Results("here")
-    results.add(FOUND)
+    results.add(dataclasses.replace(FOUND, quartiles={"cpp": (1e-3, 3e-3)}))
     results.add(dataclasses.replace(FOUND, dtype="bfloat16"))
     results.add(dataclasses.replace(FOUND, seconds={"cpp": 1.0, "F.silu": 3.0}))
     results.write(file)
@@ -154,7 +158,9 @@ def small_end_to_end(monkeypatch, function):
         monkeypatch.setattr(module, "preset", lambda name: small)
     for module in (models, decoding):
         monkeypatch.setattr(module, "PROMPT", 12)
-    return [found for case in function(torch.float32, "cpu", False) for found in models.measure(case, torch.float32)]
+    return [
+        found for case in function(torch.float32, "cpu", False) for found in models.measure(case, torch.float32, "cpu")
+    ]
 
 
 @pytest.mark.parametrize(("function", "count"), [(models.vision, 3), (models.prefill, 1)])
@@ -162,6 +168,16 @@ def test_models_end_to_end(monkeypatch, function, count):
     found = small_end_to_end(monkeypatch, function)
     assert len(found) == count
     assert all(set(one.seconds) == {OURS, EAGER, SDPA} for one in found)
+
+
+@pytest.mark.parametrize("function", [models.vision, models.prefill])
+def test_whole_models_stay_on_the_device_that_was_named(monkeypatch, function):
+    small = preset("tiny")
+    monkeypatch.setattr(models, "preset", lambda name: small)
+    for case in function(torch.bfloat16, "meta", False):
+        runs = case.peers if function is models.prefill else case.ours | case.peers  # our cache looks at its lengths
+        with torch.inference_mode():
+            assert all(run().is_meta for run in runs.values())
 
 
 def test_decoding_end_to_end(monkeypatch):
@@ -179,9 +195,44 @@ def test_working_memory_counts_what_a_function_holds():
     def hold(megabytes):
         return lambda: torch.ones(megabytes * 2**18)
 
-    small, large = (timing.working_memory(hold(megabytes)) for megabytes in (10, 100))
+    small, large = (timing.working_memory(hold(megabytes), "cpu") for megabytes in (10, 100))
     if small is not None:
         assert small < 20 * 2**20 < 90 * 2**20 < large < 110 * 2**20
+
+
+class HostEvent:
+    """torch.cuda.Event, where the host does the work."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+    def synchronize(self):
+        pass
+
+
+def test_a_gpu_is_kept_busy_until_the_host_has_queued_all_and_is_timed_by_events(monkeypatch):
+    class Flushed:
+        flushes = 0
+
+        def sum(self):
+            self.flushes += 1
+            time.sleep(1e-3)
+
+    flushed = Flushed()
+    monkeypatch.setattr(torch, "ones", lambda size, device: flushed)
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "GPU_SECONDS", 0.0)
+    found = timing.computed({"slow": lambda: time.sleep(2e-2), "fast": lambda: time.sleep(1e-3)})
+    assert 1e-3 < found["fast"].median < 2e-2 < found["slow"].low <= found["slow"].median <= found["slow"].high
+    # Three to be timed themselves, and before each of three turns at least half as much again as the host took.
+    assert flushed.flushes >= 3 + 3 * (20 + 2)
 
 
 def test_the_readme_shows_what_was_measured():
