@@ -43,10 +43,17 @@ def _memory(found: Measurement) -> str:
 
 @dataclass
 class Results:
-    """What was measured on one machine."""
+    """What was measured on one machine.
+
+    Attributes:
+        made_by: the commit and versions, by name.
+        tests: how many "passed", "failed" and were "skipped" there.
+    """
 
     machine: str
     measurements: list[Measurement] = field(default_factory=list)
+    made_by: dict[str, str] = field(default_factory=dict)
+    tests: dict[str, int] = field(default_factory=dict)
 
     def add(self, found: Measurement) -> None:
         """Keep a measurement in place of one of the same thing."""
@@ -61,7 +68,7 @@ class Results:
         for found in measurements:
             found["seconds"] = {name: _rounded(seconds) for name, seconds in found["seconds"].items()}
             found["quartiles"] = {name: [*map(_rounded, two)] for name, two in found["quartiles"].items()}
-        whole = {"machine": self.machine, "measurements": measurements}
+        whole = {"machine": self.machine, "made_by": self.made_by, "tests": self.tests, "measurements": measurements}
         path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
@@ -83,7 +90,8 @@ def read(path: Path) -> Results:
     """
     try:
         whole = json.loads(path.read_text())
-        return Results(whole["machine"], [_measurement(entry) for entry in whole["measurements"]])
+        measurements = [_measurement(entry) for entry in whole["measurements"]]
+        return Results(whole["machine"], measurements, whole.get("made_by", {}), whole.get("tests", {}))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results: {error!r}.") from None
 

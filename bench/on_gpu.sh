@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one call of less than nine minutes: builds in place, tests on the device, tunes how kernels
+# are launched, times operators and models, and leaves what it found in one folder, of a few files.
+#
+#   bench/on_gpu.sh [--device cpu] [--commit NAME] [--dry-run] [FOLDER [STEP...]]
+#
+# FOLDER    where results go: <device>.json, which belongs into bench/results/, with its plot; tests.xml; log.txt;
+#           launch_tables.tar.gz, the kernels/*.json that were tuned (default: build/on_gpu)
+# STEP      of those below (default: all but compiled, which adds torch.compile to the models' peers and takes minutes)
+# PYTHON    in the environment: what runs it (default: python3). It needs torch, Triton, transformers, pytest and
+#           pybind11; nothing is fetched.
+#
+# A step that fails or outlasts its limit stops no later one; the exit status counts those that did.
+set -uo pipefail
+
+device=cuda commit="" dry_run=""
+while [[ "${1:-}" == --* ]]; do
+    case "$1" in
+        --device) device=$2; shift 2 ;;
+        --commit) commit=$2; shift 2 ;;
+        --dry-run) dry_run=1; shift ;;
+        *) echo "on_gpu.sh: there is no option $1" >&2; exit 2 ;;
+    esac
+done
+cd "$(dirname "$0")/.." || exit 2
+folder=${1:-build/on_gpu}
+shift $(($# > 0))
+chosen=("$@")
+((${#chosen[@]})) || chosen=(build tests operators models)
+python=${PYTHON:-python3}
+mkdir -p "$folder"
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+{ read -r results && read -r architecture; } < <("$python" -m vlcore.bench.record --begin "$folder" --device "$device")
+[[ $results ]] || exit 2
+
+failed=()
+# step NAME LIMIT COMMAND...: one of the steps, if it was chosen; the limit is in seconds.
+step() {
+    local step=$1 limit=$2 begin=$SECONDS status
+    shift 2
+    [[ " ${chosen[*]} record " == *" $step "* ]] || return 0
+    echo "== $step, at most $limit s: $*"
+    [[ $dry_run ]] && return 0
+    timeout --kill-after=10 "$limit" "$@"
+    status=$?
+    echo "== $step: status $status after $((SECONDS - begin)) s"
+    ((status == 0)) || failed+=("$step")
+}
+
+# On every core where pytest-xdist is there.
+spread=()
+"$python" -c "import xdist" 2>/dev/null && spread=(-n "$(nproc)" --dist worksteal)
+
+{
+    # For this GPU only.
+    CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 100 "$python" setup.py -q build_ext --inplace
+    # A thread each, or they would be in each other's way. Packaging is tested where there is a network.
+    OMP_NUM_THREADS=1 step tests 170 "$python" -m pytest -q --tb=short --junit-xml="$folder/tests.xml" \
+        --ignore=tests/test_packaging.py "${spread[@]}"
+    step operators 90 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results"
+    step models 90 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --no-compile --json "$results" \
+        --model decode --model vision --model prefill --model train
+    step compiled 400 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results" \
+        --model vision --model prefill --model decode
+    step record 20 "$python" -m vlcore.bench.record "$results" --device "$device" --commit "$commit" \
+        --tests "$folder/tests.xml"
+    echo "== failed: ${failed[*]:-none}"
+} > >(tee "$folder/log.txt") 2>&1
+wait
+exit "${#failed[@]}"
