@@ -5,7 +5,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from vlcore.bench.harness import Measurement
 from vlcore.bench.peers import EAGER, OURS
 from vlcore.bench.timing import Roofline
 
+DTYPES = ("bfloat16", "float32", "float16")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -102,12 +103,13 @@ def _measurement(entry: dict[str, Any]) -> Measurement:
 
 
 def operator_table(results: Results) -> str:
-    """Operators by shape: time, rate and the ratio to the best of the others, for both dtypes."""
+    """Operators by shape: time, rate and the ratio to the best of the others, in each dtype that was measured."""
     chosen = [found for found in results.measurements if not found.ours.startswith(OURS)]
-    lines = ["| operator | shape | bfloat16 | float32 |", "|---|---|---|---|"]
+    dtypes = [dtype for dtype in DTYPES if any(found.dtype == dtype for found in chosen)]
+    lines = [f"| operator | shape | {' | '.join(dtypes)} |", "|---|---|" + "---|" * len(dtypes)]
     for title, shape in dict.fromkeys((found.title, found.shape) for found in chosen):
         cells = []
-        for dtype in ("bfloat16", "float32"):
+        for dtype in dtypes:
             same = [f for f in chosen if (f.title, f.shape, f.dtype) == (title, shape, dtype)]
             cells.append(_cell(same[0]) if same else "not measured")
         lines.append(f"| {title} | {shape} | {' | '.join(cells)} |")
@@ -135,24 +137,40 @@ def model_table(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {"operators": operator_table, "models": model_table}
 
 
-def with_tables(text: str, files: Iterable[Path]) -> str:
+def _origin(results: Results) -> str:
+    """The machine, the commit, and how the tests went there."""
+    commit = f", commit {results.made_by['commit']}" if "commit" in results.made_by else ""
+    tests = "; tests: " + ", ".join(f"{count} {how}" for how, count in results.tests.items()) if results.tests else ""
+    return f"{results.machine}{commit}{tests}:"
+
+
+def with_tables(text: str, folder: Path = RESULTS) -> str:
     """`text` with each table between its marks, such as <!-- cpu operators --> and <!-- end -->, made anew.
 
+    Between the marks of "cuda" are the tables of every GPU whose results are in the folder, each below its name.
+
     Raises:
-        ValueError: a mark is missing.
+        ValueError: there are results whose marks are missing.
     """
-    for path in files:
-        results = read(path)
-        for name, table in TABLES.items():
-            begin, end = f"<!-- {path.stem} {name} -->\n", "<!-- end -->"
-            before, found, rest = text.partition(begin)
-            _, closed, after = rest.partition(end)
-            if not (found and closed):
-                raise ValueError(f"The text has no {begin.strip()} ... {end} for the table of {path.name}.")
-            text = f"{before}{begin}{table(results)}\n{end}{after}"
+    cpu = [read(path) for path in folder.glob("cpu.json")]
+    gpus = [read(path) for path in sorted(folder.glob("*.json")) if path.stem != "cpu"]
+    for name, table in TABLES.items():
+        text = _between(text, f"<!-- cpu {name} -->", [table(results) for results in cpu])
+        text = _between(text, f"<!-- cuda {name} -->", [f"{_origin(results)}\n\n{table(results)}" for results in gpus])
+    return text
+
+
+def _between(text: str, mark: str, tables: list[str]) -> str:
+    before, found, rest = text.partition(f"{mark}\n")
+    _, closed, after = rest.partition("<!-- end -->")
+    if found and closed:
+        whole = "\n\n".join(tables) or "Not measured yet."
+        return f"{before}{mark}\n{whole}\n{closed}{after}"
+    if tables:
+        raise ValueError(f"The text has no {mark} ... <!-- end --> for what was measured.")
     return text
 
 
 if __name__ == "__main__":
     readme = Path(sys.argv[1])
-    readme.write_text(with_tables(readme.read_text(), [RESULTS / "cpu.json"]))
+    readme.write_text(with_tables(readme.read_text()))

@@ -12,7 +12,7 @@ from vlcore import cli, ops
 from vlcore.bench import command, decoding, harness, models, timing, training
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import EAGER, OURS, SDPA, operators, public_twin, torch_backend
-from vlcore.bench.report import RESULTS, Results, line, read, with_tables
+from vlcore.bench.report import TABLES, Results, line, read, with_tables
 from vlcore.bench.timing import Roofline
 from vlcore.config import preset
 from vlcore.ops.swiglu import KERNELS
@@ -237,9 +237,30 @@ def test_a_gpu_is_kept_busy_until_the_host_has_queued_all_and_is_timed_by_events
 
 def test_the_readme_shows_what_was_measured():
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    assert with_tables(text, [RESULTS / "cpu.json"]) == text
+    assert with_tables(text) == text
 
 
-def test_tables_need_their_marks():
-    with pytest.raises(ValueError, match="<!-- cpu operators -->"):
-        with_tables("nothing", [RESULTS / "cpu.json"])
+MARKS = "".join(f"<!-- {device} {what} -->\n<!-- end -->\n" for device in ("cpu", "cuda") for what in TABLES)
+
+
+def test_tables_stand_between_their_marks(tmp_path):
+    assert with_tables("nothing", tmp_path) == "nothing"
+    assert with_tables(MARKS, tmp_path).count("Not measured yet.") == 4
+    Results("a machine", [FOUND]).write(tmp_path / "cpu.json")
+    whole = dataclasses.replace(FOUND, ours=OURS, seconds={OURS: 1e-3, SDPA: 2e-3}, dtype="bfloat16")
+    gpu = Results("a GPU", [FOUND, whole], {"commit": "abc"}, {"passed": 7, "failed": 0, "skipped": 1})
+    gpu.write(tmp_path / "h100.json")
+    dataclasses.replace(gpu, machine="another").write(tmp_path / "h200.json")
+    text = with_tables(MARKS, tmp_path)
+    assert with_tables(text, tmp_path) == text
+    cpu, _, cuda, models = (text.split(mark)[1].split("<!-- end -->")[0] for mark in MARKS.split("\n")[::2] if mark)
+    assert "| swiglu | 2 × 3 | 2 ms, **2.50×** F.silu |" in cpu and "bfloat16" not in cpu
+    assert cuda.index("a GPU, commit abc; tests: 7 passed, 0 failed, 1 skipped:") < cuda.index("another, commit abc")
+    assert models.count("transformers SDPA **2.00×**") == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_results_without_marks_are_missed(tmp_path, device):
+    Results("here", [FOUND]).write(tmp_path / ("cpu.json" if device == "cpu" else "h100.json"))
+    with pytest.raises(ValueError, match=f"<!-- {device} operators -->"):
+        with_tables("nothing", tmp_path)
