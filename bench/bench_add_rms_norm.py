@@ -3,12 +3,13 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore.bench.alternatives import EPS, liger
 from vlcore.bench.harness import Case
 
 
 def _in_two(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return F.rms_norm(total, weight.shape, weight, 1e-6), total
+    return F.rms_norm(total, weight.shape, weight, EPS), total
 
 
 def _case(rows: int, size: int, trains: bool = False) -> Case:
@@ -16,7 +17,7 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
         operator="add_rms_norm",
         shape=f"{rows} × {size}",
         inputs=lambda make: (make(rows, size), make(rows, size), make(size)),
-        peers={"+, F.rms_norm": _in_two},
+        peers={"+, F.rms_norm": _in_two, "Liger": liger("liger_fused_add_rms_norm", EPS)},
         elements=(8 if trains else 4) * rows * size,
         trains=trains,
     )

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore.bench.alternatives import Alternative, xformers_attention
 from vlcore.bench.harness import Case, Inputs, Maker
 
 TOKENS, HEADS, DIM = 576, 16, 64
@@ -21,7 +22,7 @@ def _case(batch: int, trains: bool = False) -> Case:
         operator="attention",
         shape=f"{batch} × {TOKENS} tokens, {HEADS} heads of {DIM}",
         inputs=inputs,
-        peers={"SDPA": _sdpa},
+        peers={"SDPA": _sdpa, "xformers": Alternative(xformers_attention, "xformers")},
         flops=4 * batch * HEADS * TOKENS**2 * DIM * (3.5 if trains else 1),
         trains=trains,
     )

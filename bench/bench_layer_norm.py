@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 
+from vlcore.bench.alternatives import EPS, liger
 from vlcore.bench.harness import Case
 
 
@@ -10,7 +11,10 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
         operator="layer_norm",
         shape=f"{rows} × {size}",
         inputs=lambda make: (make(rows, size), make(size), make(size)),
-        peers={"F.layer_norm": lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-6)},
+        peers={
+            "F.layer_norm": lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, EPS),
+            "Liger": liger("liger_layer_norm", EPS),
+        },
         elements=(5 if trains else 2) * rows * size,
         trains=trains,
     )

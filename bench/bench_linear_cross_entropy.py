@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore.bench.alternatives import liger
 from vlcore.bench.harness import Case, Inputs, Maker
 
 VOCABULARY, SIZE = 102400, 2048
@@ -23,7 +24,7 @@ def _case(rows: int, supervised: int, trains: bool) -> Case:
         operator="linear_cross_entropy",
         shape=f"{supervised} of {rows} × {SIZE} → {VOCABULARY}",
         inputs=inputs,
-        peers={"F.linear, F.cross_entropy": _all_logits},
+        peers={"F.linear, F.cross_entropy": _all_logits, "Liger": liger("liger_fused_linear_cross_entropy")},
         flops=2 * supervised * SIZE * VOCABULARY * (3 if trains else 1),
         trains=trains,
     )

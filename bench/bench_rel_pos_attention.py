@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import ops
+from vlcore.bench.alternatives import Alternative, flex_rel_pos, sdpa_with_bias
 from vlcore.bench.harness import Case, Inputs, Maker
 
 SIDE, HEADS, DIM = 64, 12, 64
@@ -39,7 +40,11 @@ CASES = [
         shape=f"{HEADS} × {TOKENS} × {DIM}",
         inputs=_inputs,
         function=_attend,
-        peers={} if trains else {"SDPA, dense bias at hand": _DenseBias()},
+        peers={
+            "SDPA, dense bias": sdpa_with_bias,
+            "FlexAttention": Alternative(torch.compile(flex_rel_pos, dynamic=False)),
+            **({} if trains else {"SDPA, dense bias at hand": _DenseBias()}),
+        },
         flops=FLOPS * (3.5 if trains else 1),
         trains=trains,
     )

@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 
+from vlcore.bench.alternatives import EPS, Alternative, liger, llama_rms_norm
 from vlcore.bench.harness import Case
 
 
@@ -10,7 +11,11 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
         operator="rms_norm",
         shape=f"{rows} × {size}",
         inputs=lambda make: (make(rows, size), make(size)),
-        peers={"F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6)},
+        peers={
+            "F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+            "transformers": Alternative(llama_rms_norm, "transformers", ("cpu", "cuda")),
+            "Liger": liger("liger_rms_norm", EPS),
+        },
         elements=(5 if trains else 2) * rows * size,
         trains=trains,
     )

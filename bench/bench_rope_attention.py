@@ -1,13 +1,27 @@
-"""Rotary causal attention: prompts of the 1.3B, a long one, and training, beside rotating and SDPA."""
+"""Rotary causal attention: prompts of the 1.3B, a long one, a packed batch, training, beside rotating and SDPA."""
+
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import ops
+from vlcore.bench.alternatives import (
+    Alternative,
+    FlexPacked,
+    flex_masked,
+    llama_attention,
+    varlen_packed,
+    xformers_packed,
+)
 from vlcore.bench.harness import Case, Inputs, Maker
 
 HEADS, DIM = 16, 128
+BOTH = ("cpu", "cuda")
+# Answers of a stage-3 batch, images and text, packed.
+PACKED = (1088, 640, 896, 712, 1024, 600, 1088, 656)
 
 
 def _rotate_and_sdpa(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -24,10 +38,47 @@ def _case(tokens: int, trains: bool = False) -> Case:
         operator="rope_attention",
         shape=f"{tokens} tokens, {HEADS} heads of {DIM}",
         inputs=inputs,
-        peers={"rotate, SDPA": _rotate_and_sdpa},
+        peers={"rotate, SDPA": _rotate_and_sdpa, "transformers": Alternative(llama_attention, "transformers", BOTH)},
         flops=2 * HEADS * tokens * (tokens + 1) * DIM * (3.5 if trains else 1),
         trains=trains,
     )
 
 
-CASES = [_case(640), _case(1088), _case(4096), _case(1088, trains=True)]
+def _attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int, *, backend: str
+) -> Tensor:
+    return ops.rope_attention(q, k, v, positions, cu_seqlens=cu_seqlens, backend=backend)
+
+
+def packed(lengths: tuple[int, ...]) -> Callable[[Maker], Inputs]:
+    def inputs(make: Maker) -> Inputs:
+        q, k, v = (make(1, sum(lengths), HEADS, DIM) for _ in range(3))
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(make.device)[None]
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=make.device)
+        return q, k, v, positions, cu_seqlens, max(lengths)
+
+    return inputs
+
+
+def _packed(lengths: tuple[int, ...], trains: bool) -> Case:
+    return Case(
+        operator="rope_attention",
+        shape=f"{len(lengths)} packed, {sum(lengths)} tokens, {HEADS} heads of {DIM}",
+        inputs=packed(lengths),
+        function=_attend_packed,
+        peers={
+            "rotate, varlen_attn": Alternative(varlen_packed),
+            "rotate, FlexAttention": Alternative(FlexPacked(torch.compile(flex_masked, dynamic=False))),
+            "rotate, xformers": Alternative(xformers_packed, "xformers"),
+        },
+        flops=2 * HEADS * sum(length * (length + 1) for length in lengths) * DIM * (3.5 if trains else 1),
+        trains=trains,
+    )
+
+
+CASES = [
+    *(_case(tokens) for tokens in (640, 1088, 4096)),
+    _case(1088, trains=True),
+    _packed(PACKED, trains=False),
+    _packed(PACKED, trains=True),
+]

@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 
+from vlcore.bench.alternatives import liger
 from vlcore.bench.harness import Case
 
 
@@ -10,7 +11,7 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
         operator="swiglu",
         shape=f"{rows} × {size}",
         inputs=lambda make: (make(rows, size), make(rows, size)),
-        peers={"F.silu, *": lambda gate, up: F.silu(gate) * up},
+        peers={"F.silu, *": lambda gate, up: F.silu(gate) * up, "Liger": liger("liger_swiglu")},
         elements=(8 if trains else 3) * rows * size,
         trains=trains,
     )

@@ -1,11 +1,13 @@
 """`vlcore bench`: operators at DeepSeek-VL's shapes, or whole models, beside what a user would run instead."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from traceback import print_exception
 
 import torch
 
@@ -51,12 +53,12 @@ def run(
         parts: of MODELS.
         device: "cpu" or "cuda".
         dtypes: of DTYPES; by default bfloat16, and for operators float32 too.
-        compiled: whether torch.compile is one of the models' peers, which takes minutes.
+        compiled: whether torch.compile is one of the peers, which takes minutes.
         json_file: where results are added; it holds one machine's only.
 
     Raises:
         ValueError: an operator without a bench, a device that is not there, or a file of another machine.
-        AssertionError: a result is not as accurate as torch's; it is not timed then.
+        AssertionError: results are not as accurate as torch's, or were none. They are not timed; all the others are.
     """
     for name in names:
         if name not in benched():
@@ -69,27 +71,46 @@ def run(
         raise ValueError(f"{json_file} holds what was measured on {kept.machine!r}; this is {here!r}.")
     print(here, flush=True)
     chosen = names or ([] if parts else benched())
+    failed: list[str] = []
     for dtype in dtypes or (("bfloat16", "float32") if chosen else ("bfloat16",)):
         limit = roofline(DTYPES[dtype], device)
         print(f"{dtype}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s at best", flush=True)
-        results = chain(_operators(chosen, dtype, device), _models(parts, dtype, device, compiled))
+        results = chain(
+            _operators(chosen, dtype, device, compiled, failed), _models(parts, dtype, device, compiled, failed)
+        )
         for found in results:
             found = replace(found, limit=limit)
             print(line(found), flush=True)
             kept.add(found)
             if json_file:
                 kept.write(json_file)
+    if failed:
+        raise AssertionError(f"Not timed: {'; '.join(failed)}.")
 
 
-def _operators(names: Sequence[str], dtype: str, device: str) -> Iterator[Measurement]:
+@contextmanager
+def _noted(what: str, failed: list[str]) -> Iterator[None]:
+    """What fails stops nothing else: a GPU is lent for minutes."""
+    try:
+        yield
+    except Exception as error:
+        print_exception(error)
+        failed.append(f"{what}: {error}")
+
+
+def _operators(
+    names: Sequence[str], dtype: str, device: str, compiled: bool, failed: list[str]
+) -> Iterator[Measurement]:
     for name in names:
         for case in cases(name):
-            yield harness.measure(case, Maker(DTYPES[dtype], device))
+            with _noted(f"{case.title}, {case.shape}, {dtype}", failed):
+                yield harness.measure(case, Maker(DTYPES[dtype], device), compiled)
 
 
-def _models(parts: Sequence[str], dtype: str, device: str, compiled: bool) -> Iterator[Measurement]:
+def _models(parts: Sequence[str], dtype: str, device: str, compiled: bool, failed: list[str]) -> Iterator[Measurement]:
     for part in parts:
-        yield from _model(part, dtype, device, compiled)
+        with _noted(f"{part}, {dtype}", failed):
+            yield from _model(part, dtype, device, compiled)
 
 
 def _model(part: str, dtype: str, device: str, compiled: bool) -> Iterator[Measurement]:

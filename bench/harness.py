@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlcore import ops
 from vlcore.bench.accuracy import assert_as_accurate
-from vlcore.bench.peers import TORCH_BACKEND
+from vlcore.bench.alternatives import Alternative
+from vlcore.bench.peers import TORCH_BACKEND, TORCH_COMPILED
 from vlcore.bench.timing import Roofline, Spread, computed, waited
 from vlcore.ops.dispatch import TORCH
 
@@ -45,7 +46,8 @@ class Case:
         inputs: makes the positional arguments; several tuples are taken in turn, so that what a model's step reads
             from memory is read from memory here.
         function: called with the inputs and backend=; the operator itself, unless it has other arguments to be given.
-        peers: what a user would run instead, by name: called with the inputs.
+        peers: what a user would run instead, by name: called with the inputs. torch.compile of the reference is not
+            among them; every case has it.
         flops: floating point operations of one call.
         elements, bytes: what one call cannot but read and write, where memory bounds it: in elements of the dtype, and
             in bytes beside them.
@@ -85,6 +87,7 @@ class Measurement:
         seconds: of each backend and peer, the median.
         quartiles: below and above each median.
         memory: bytes that each needs while it runs, where that was measured.
+        failed: what a peer raised that is not timed for it.
         limit: what the machine could do at best, shortly before.
     """
 
@@ -98,6 +101,7 @@ class Measurement:
     flops: float = 0
     bytes: float = 0
     memory: Mapping[str, int | None] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
     limit: Roofline = Roofline(math.inf, math.inf)
 
     @property
@@ -133,8 +137,21 @@ def split(times: Mapping[str, Spread]) -> tuple[dict[str, float], dict[str, tupl
     return medians, {name: (spread.low, spread.high) for name, spread in times.items()}
 
 
-def measure(case: Case, make: Maker) -> Measurement:
-    """Check every backend of a case, and then time it against the peers.
+def contenders(case: Case, device: str, compiled: bool) -> dict[str, Callable[..., object]]:
+    """What a case's backends are compared with on a device: our reference, that compiled, and the peers that fit."""
+    every: dict[str, Callable[..., object]] = {TORCH_BACKEND: case.on(TORCH)}
+    if compiled:
+        # What was compiled for other cases would count against the number of variants that torch makes.
+        torch.compiler.reset()
+        every[TORCH_COMPILED] = torch.compile(case.on(TORCH), dynamic=False)
+    for name, peer in case.peers.items():
+        if not isinstance(peer, Alternative) or peer.is_to_be_had(device):
+            every[name] = peer
+    return every
+
+
+def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
+    """Check every backend of a case, and then time it against the peers; one that raises is left out, and named.
 
     Raises:
         AssertionError: a backend is not as accurate as torch; nothing is timed then.
@@ -145,8 +162,15 @@ def measure(case: Case, make: Maker) -> Measurement:
     backends = case.backends(turns[0])
     _check(case, turns[0], backends)
     functions = {name: _timed(case, case.on(name), turns) for name in backends}
-    functions[TORCH_BACKEND] = _timed(case, case.on(TORCH), turns)
-    functions |= {name: _timed(case, peer, turns) for name, peer in case.peers.items()}
+    failed = {}
+    for name, contender in contenders(case, make.device, compiled).items():
+        function = _timed(case, contender, turns)
+        try:
+            function()
+        except Exception as error:  # of other people's code, which can raise anything
+            failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        else:
+            functions[name] = function
     times = computed(functions) if make.device == "cuda" else waited(functions, make.device)
     seconds, quartiles = split(times)
     return Measurement(
@@ -159,6 +183,7 @@ def measure(case: Case, make: Maker) -> Measurement:
         quartiles=quartiles,
         flops=case.flops,
         bytes=case.elements * make.dtype.itemsize + case.bytes,
+        failed=failed,
     )
 
 

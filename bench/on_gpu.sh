@@ -6,7 +6,8 @@
 #
 # FOLDER    where results go: <device>.json, which belongs into bench/results/, with its plot; tests.xml; log.txt;
 #           launch_tables.tar.gz, the kernels/*.json that were tuned (default: build/on_gpu)
-# STEP      of those below (default: all but compiled, which adds torch.compile to the models' peers and takes minutes)
+# STEP      of those below (default: all but compiled-operators and compiled-models, the same benches again with
+#           torch.compile among the peers, which take most of a call each)
 # PYTHON    in the environment: what runs it (default: python3). It needs torch, Triton, transformers, pytest and
 #           pybind11; nothing is fetched.
 #
@@ -57,10 +58,11 @@ spread=()
     # A thread each, or they would be in each other's way. Packaging is tested where there is a network.
     OMP_NUM_THREADS=1 step tests 170 "$python" -m pytest -q --tb=short --junit-xml="$folder/tests.xml" \
         --ignore=tests/test_packaging.py "${spread[@]}"
-    step operators 90 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results"
+    step operators 120 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --no-compile --json "$results"
     step models 90 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --no-compile --json "$results" \
         --model decode --model vision --model prefill --model train
-    step compiled 400 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results" \
+    step compiled-operators 400 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results"
+    step compiled-models 400 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results" \
         --model vision --model prefill --model decode
     step record 20 "$python" -m vlcore.bench.record "$results" --device "$device" --commit "$commit" \
         --tests "$folder/tests.xml"

@@ -12,7 +12,7 @@ from torch import nn
 from vlcore import layouts, ops
 from vlcore.models import DeepSeekVL
 
-OURS, TORCH_BACKEND = "vlcore", "torch backend"
+OURS, TORCH_BACKEND, TORCH_COMPILED = "vlcore", "torch backend", "torch.compile"
 EAGER, SDPA = "transformers eager", "transformers SDPA"
 COMPILED = "transformers SDPA, torch.compile"
 

@@ -22,7 +22,8 @@ def line(found: Measurement) -> str:
     """A measurement for a terminal: the time of ours, its rate, and how many times as fast it is as each other."""
     others = (f"{name} {found.ratio(name):.2f}x" for name in found.seconds if name != found.ours)
     time = f"{found.ours} {_time(found.seconds[found.ours])}{_spread(found)}"
-    columns = (found.title, found.shape, found.dtype, time, found.rate, _memory(found), *others)
+    failed = (f"{name} failed: {why}" for name, why in found.failed.items())
+    columns = (found.title, found.shape, found.dtype, time, found.rate, _memory(found), *others, *failed)
     return "  ".join(column for column in columns if column)
 
 

