@@ -29,6 +29,11 @@ def shifted(tensor: Tensor) -> Tensor:
     return place.copy_(tensor)
 
 
+def amid_nan(tensor: Tensor) -> Tensor:
+    """The same values, contiguous, with NaN in memory before and behind them."""
+    return torch.nn.functional.pad(tensor.flatten(), (64, 64), value=torch.nan)[64:-64].view(tensor.shape)
+
+
 def skip_if_refused(kernels: Mapping[str, Kernel], backend: str, *arguments) -> None:
     if backend != TORCH and (reasons := kernels[backend].refusals(*arguments)):
         pytest.skip("; ".join(reasons))

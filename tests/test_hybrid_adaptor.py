@@ -2,6 +2,7 @@ import pytest
 import torch
 from operators import (
     DTYPES,
+    amid_nan,
     assert_compiles,
     assert_gradcheck,
     assert_matches,
@@ -44,6 +45,13 @@ def test_matches_the_reference(backend, given, dtype):
     given = inputs(*given.get("rows", ()), **{k: v for k, v in given.items() if k != "rows"}, dtype=dtype)
     skip_if_refused(KERNELS, backend, *given)
     assert_matches(through_op(backend), hybrid_adaptor_reference, *given)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_tiles_of_more_rows_than_one_group_and_nothing_beyond_the_tensors(backend):
+    given = inputs(1100, widths=(3, 34), projected=(70, 66), out=3)
+    skip_if_refused(KERNELS, backend, *given)
+    assert_matches(through_op(backend), hybrid_adaptor_reference, *(amid_nan(tensor) for tensor in given))
 
 
 def test_reference_is_the_formula():

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
@@ -45,7 +47,7 @@ def hybrid_adaptor(
         low: (..., T, Cl), the low-resolution tower's.
         high_weight, high_bias: (Dh, Ch), (Dh,); low_weight, low_bias: (Dl, Cl), (Dl,).
         out_weight, out_bias: (D, Dh + Dl), (D,). All are of high's dtype.
-        backend: "auto" or "torch".
+        backend: "auto", "torch" or "triton".
 
     Returns:
         (..., T, D), of high's dtype.
@@ -99,7 +101,14 @@ class HybridAdaptor(torch.autograd.Function):
 
 
 # In order of preference.
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("hybrid_adaptor", "forward"),
+        native.triton("hybrid_adaptor", "backward"),
+        launch.dot_refusals,
+        launch.worthwhile,
+    )
+}
 
 
 def _torch_forward(high, low, high_weight, high_bias, low_weight, low_bias, out_weight, out_bias):
