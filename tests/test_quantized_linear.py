@@ -46,6 +46,20 @@ def test_odd_shapes(backend, shape, bits):
     assert_matches(through_op(backend, weight), lambda x, bias: quantized_linear_reference(x, weight, bias), x, None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "group_size"), [(352, 32), (320, 64), (384, 128), (299, None)])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_of_several_blocks_and_a_part(backend, bits, size, group_size, dtype):
+    weight = ops.quantize_weight(random(139, size), bits, group_size)
+    for rows in (3, 130):
+        x, bias = random(rows, size, dtype=dtype), random(139, dtype=dtype)
+        skip_if_refused(KERNELS, backend, x, weight.values, weight.scales, bias, bits)
+        assert_matches(
+            through_op(backend, weight), lambda x, bias: quantized_linear_reference(x, weight, bias), x, bias
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", range(native.level + 1))
 @pytest.mark.parametrize(("bits", "group_size"), FORMS)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
 from vlcore.ops.linear import MAX_ROWS, num_rows
@@ -98,11 +99,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     """x @ weight^T + bias with a weight of integers. x and bias have gradients; the weight has none.
 
     Args:
-        x: (..., K), float32 or bfloat16 (and, on "torch", float16 and float64).
+        x: (..., K), float32, float16 or bfloat16; float64 on "torch".
         weight: of shape (N, K), on x's device.
         bias: (N,), of x's dtype, or None.
-        backend: "auto", "torch", or "cpp", which multiplies up to 16 rows by the integers themselves, where the
-            machine multiplies bytes, and dequantises the weight for more.
+        backend: "auto", "torch", "triton", or "cpp", which multiplies up to 16 rows by the integers themselves, where
+            the machine multiplies bytes, and dequantises the weight for more.
 
     Returns:
         (..., N), of x's dtype.
@@ -154,9 +155,13 @@ def _torch_backward(grad_y, values, scales, num_inputs, bits):
 
 
 def group_refusals(num_inputs: int, num_groups: int) -> list[str]:
-    """Why no C++ kernel can run scales of that many groups."""
+    """Why no kernel can run scales of that many groups."""
     fits = num_groups == 1 or num_inputs in [size * num_groups for size in GROUP_SIZES]
     return [f"{num_groups} groups of {num_inputs} inputs are not of one of {GROUP_SIZES}"] * (not fits)
+
+
+def _triton_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> list[str]:
+    return launch.dot_refusals(x) + group_refusals(x.shape[-1], scales.shape[1])
 
 
 def _cpp_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> list[str]:
@@ -185,7 +190,15 @@ def _cpp_dequantize(values: Tensor, scales: Tensor, bits: int, num_inputs: int, 
 
 
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("quantized_linear", "forward"),
+        native.triton("quantized_linear", "backward"),
+        _triton_refusals,
+        launch.worthwhile,
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
+}
 
 quantized_linear_forward = define(
     "quantized_linear_forward(Tensor x, Tensor values, Tensor scales, Tensor? bias, int bits, str backend) -> Tensor",
