@@ -1,10 +1,13 @@
 """What training relies on: frozen towers without a graph, activation checkpointing, torch.compile."""
 
+from functools import partial
+
 import pytest
 import torch
 from public_models import example_inputs, make_telling
 
 from vlcore.config import preset
+from vlcore.generate import KVCache
 from vlcore.models import DeepSeekVL
 
 
@@ -100,6 +103,28 @@ def test_the_whole_step_compiles_into_one_graph():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
     with pytest.raises(RuntimeError, match="do not hold as many image placeholders as the images need"):
         compiled(ids.masked_fill(ids == model.config.image_token_id, 5), pixels, labels)
+
+
+@torch.no_grad()
+def test_encoding_and_decoding_compile_into_one_graph():
+    model = trainable()
+    model.compute_dtype = torch.bfloat16
+    ids, pixels, _ = example(model)
+    caches = [KVCache(model.config.language, 1, ids.shape[1] + 1, torch.bfloat16, "cpu") for _ in range(2)]
+    results = []
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    for cache, compile in zip(caches, (lambda function: function, compiled), strict=True):
+        features = compile(model.encode_images)(pixels)
+        cache.begin([ids.shape[1]])
+        positions = torch.arange(ids.shape[1])[None]
+        model(ids, image_features=features, positions=positions, memory=cache)
+        decode = compile(model.decode)
+        operands = model.language.operands(torch.bfloat16)
+        results.append((features, decode(ids[:, -1], operands, cache.keys, cache.values, cache.lengths)))
+    for got, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, wanted)
+    for got, wanted in zip(caches[1].keys + caches[1].values, caches[0].keys + caches[0].values, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_a_layer_compiles_to_machine_code():
