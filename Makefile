@@ -1,4 +1,4 @@
-# make demo | test | check | sanitize | soak: each sets up what it needs in .venv first. TORCH and PYTHON may be overridden.
+# make demo | test | check | sanitize | gpu-code | soak: each sets up what it needs in .venv first. TORCH and PYTHON may be overridden.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Waiting threads sleep instead of spinning: on a machine that does other things too, spinning ones take its cores.
@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu)
 
-.PHONY: setup data demo test check sanitize soak clean FORCE
+.PHONY: setup data demo test check sanitize gpu-code soak clean FORCE
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -47,6 +47,14 @@ sanitize: setup
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH="$(CURDIR)/build/sanitize/lib" $(BIN)/python tests/sanitize.py
+
+# The GPU kernels' machine code, for which no GPU is needed: after every change of a kernel or a launch table, of that
+# operator alone (OPS=rms_norm). The oldest Triton that pyproject.toml allows is used too, from a folder of its own.
+gpu-code: setup build/triton-3.6.0
+	$(BIN)/python -m vlcore.bench.gpu_code $(OPS)
+
+build/triton-3.6.0:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 # The long tests: the whole demo against its targets, real sizes.
 soak: setup data

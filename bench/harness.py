@@ -189,18 +189,18 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
 
 def _check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:
     wide = tuple(_widened(x) for x in inputs)
-    exact, baseline = (_run(case, case.on(TORCH), given) for given in (wide, inputs))
+    exact, baseline = (values(case, case.on(TORCH), given) for given in (wide, inputs))
     for backend in backends:
-        for got, same_dtype, truth in zip(_run(case, case.on(backend), inputs), baseline, exact, strict=True):
+        for got, same_dtype, truth in zip(values(case, case.on(backend), inputs), baseline, exact, strict=True):
             assert_as_accurate(got, same_dtype, truth)
 
 
 def _timed(case: Case, function: Callable[..., object], turns: Sequence[tuple]) -> Callable[[], object]:
     next_inputs = cycle(turns).__next__
-    return lambda: _run(case, function, next_inputs())
+    return lambda: values(case, function, next_inputs())
 
 
-def _run(case: Case, function: Callable, inputs: tuple) -> tuple[Tensor, ...]:
+def values(case: Case, function: Callable, inputs: tuple) -> tuple[Tensor, ...]:
     """What a function returns; where the case trains, also its gradient for ones at every output."""
     if not case.trains:
         with torch.no_grad():

@@ -154,7 +154,8 @@ def with_tables(text: str, folder: Path = RESULTS) -> str:
         ValueError: there are results whose marks are missing.
     """
     cpu = [read(path) for path in folder.glob("cpu.json")]
-    gpus = [read(path) for path in sorted(folder.glob("*.json")) if path.stem != "cpu"]
+    # What `make gpu-code` found is no measurement.
+    gpus = [read(path) for path in sorted(folder.glob("*.json")) if path.stem not in ("cpu", "gpu_code")]
     for name, table in TABLES.items():
         text = _between(text, f"<!-- cpu {name} -->", [table(results) for results in cpu])
         text = _between(text, f"<!-- cuda {name} -->", [f"{_origin(results)}\n\n{table(results)}" for results in gpus])

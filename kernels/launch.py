@@ -21,14 +21,25 @@ MAX_BLOCK = 65536
 
 def refusals(*tensors: Tensor) -> list[str]:
     """Why Triton cannot run these tensors."""
+    on_gpu = all(tensor.is_cuda for tensor in tensors)
     reasons = {
         "Triton is not installed": not AVAILABLE,
-        "Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1)": not (
-            INTERPRETED or all(tensor.is_cuda for tensor in tensors)
-        ),
+        "Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1)": not (INTERPRETED or on_gpu),
+        "it needs a GPU since Ampere (compute capability 8.0)": on_gpu and _too_old(tensors[0].device.index),
         "it computes in float32, too coarse for float64": any(tensor.dtype == torch.float64 for tensor in tensors),
     }
     return [reason for reason, applies in reasons.items() if applies]
+
+
+def _too_old(index: int) -> bool:
+    # torch.compile takes the properties for a constant, and would look through the cache with a warning.
+    properties = torch.cuda.get_device_properties if torch.compiler.is_compiling() else _properties
+    return properties(index).major < 8
+
+
+@cache
+def _properties(index: int):
+    return torch.cuda.get_device_properties(index)
 
 
 def dot_refusals(*tensors: Tensor) -> list[str]:
@@ -46,7 +57,7 @@ def worthwhile(x: Tensor, *others) -> bool:
 def architecture(index: int | None) -> str:
     """The table that a GPU is launched by. The data centre's Hopper and Blackwell have their own; that of sm_80 fits
     the 99 KiB of shared memory that every GPU since Ampere has, and is the interpreter's."""
-    major = 8 if index is None else torch.cuda.get_device_capability(index)[0]
+    major = 8 if index is None else _properties(index).major
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
@@ -61,19 +72,27 @@ def settings(operator: str, kernel: str, device: torch.device, **sizes: int) -> 
     Returns:
         Constants of the kernel, num_warps and num_stages by name. Not to be changed.
     """
-    return _settings(operator, kernel, architecture(device.index), tuple(sizes.items()))
+    return look_up(operator, kernel, architecture(device.index), tuple(sizes.items()))
 
 
 @cache
-def _settings(operator: str, kernel: str, architecture: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    for entry in _table(operator)[kernel][architecture]:
+def look_up(operator: str, kernel: str, architecture: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """`settings` on an architecture; what watches launches stands in for it."""
+    entry = table(operator)[kernel][architecture][first_that_fits(operator, kernel, architecture, sizes)]
+    return {name: value for name, value in entry.items() if name != "up_to"}
+
+
+def first_that_fits(operator: str, kernel: str, architecture: str, sizes: tuple[tuple[str, int], ...]) -> int:
+    """The place in its table of the entry that `settings` takes."""
+    for place, entry in enumerate(table(operator)[kernel][architecture]):
         if all(size <= entry.get("up_to", {}).get(name, size) for name, size in sizes):
-            return {name: value for name, value in entry.items() if name != "up_to"}
+            return place
     raise LookupError(f"The table of {operator}'s {kernel} on {architecture} has no entry for {dict(sizes)}.")
 
 
 @cache
-def _table(operator: str) -> dict:
+def table(operator: str) -> dict:
+    """kernels/<operator>.json."""
     return json.loads((Path(__file__).parent / f"{operator}.json").read_text())
 
 

@@ -1,0 +1,150 @@
+"""Triton's kernels compiled for a GPU that is not there: run by bench/gpu_code.py in a process of its own.
+
+The operators are called on the benches' inputs, on the CPU; where a launcher would launch, the kernel is compiled.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from vlcore.bench import machine_code
+from vlcore.bench.command import DTYPES, cases
+from vlcore.bench.gpu_cases import MORE
+from vlcore.bench.harness import Case, Maker, values
+from vlcore.bench.launches import Entry, watched
+from vlcore.bench.shapes_only import ShapesOnly
+from vlcore.kernels import launch
+
+MEASURES = ("registers", "spills", "stack", "shared", "warps")
+# A product of 16-bit tiles in Triton's own language, and the rows of its result.
+DOT = re.compile(r"tt\.dot\b.*: tensor<(\d+)x\d+x(?:bf16|f16)>")
+
+Record = dict[str, Any]
+
+
+class _Driver:
+    """Stands in for that of a GPU: Triton asks it what to compile for."""
+
+    def __init__(self, architecture: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def _as_on_a_gpu(architecture: str) -> Iterator[None]:
+    """Triton compiles for an architecture, and its kernels take the tensors of a CPU."""
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(architecture))
+    with (
+        patch.object(launch, "architecture", lambda index: architecture),
+        patch.object(launch, "refusals", lambda *tensors: []),
+    ):
+        yield
+
+
+def compiled(case: Case, dtype: str) -> list[Record]:
+    """A record of each kernel that a case launches."""
+    made: dict[int, tuple[Any, Record]] = {}
+
+    def compile_instead(kernel: str, entry: Entry | None, go: Callable[..., Any]) -> Any:
+        binary = go(warmup=True)
+        if id(binary) not in made:
+            table = f"{entry.operator}.{entry.kernel}" if entry else None
+            found = {"operator": case.operator, "kernel": kernel, "dtype": dtype}
+            made[id(binary)] = binary, found | {"table": table, "entry": entry and entry.index} | _measured(binary)
+        return binary
+
+    with ShapesOnly():
+        inputs = case.inputs(Maker(DTYPES[dtype], "cpu"))
+        with watched(compile_instead):
+            values(case, case.on("triton"), inputs if isinstance(inputs, tuple) else inputs[0])
+    return [record for _, record in made.values()]
+
+
+def _measured(binary) -> Record:
+    (function,) = machine_code.functions(binary.asm["cubin"])
+    return {
+        "registers": function.registers,
+        "spills": function.spills,
+        "stack": function.stack,
+        "shared": binary.metadata.shared,
+        "warps": binary.metadata.num_warps,
+        "tensor": function.tensor,
+        "dot_rows": max((int(rows) for rows in DOT.findall(binary.asm["ttir"])), default=0),
+    }
+
+
+def worst(records: Sequence[Record]) -> list[Record]:
+    """One record of all that differ in measure alone, as where a size happens to be a multiple of 16: the most of what
+    costs, the least of what pays."""
+    kept: dict[str, Record] = {}
+    for record in records:
+        key = json.dumps({name: value for name, value in record.items() if name not in (*MEASURES, "tensor")})
+        seen = kept.setdefault(key, dict(record))
+        seen |= {name: max(seen[name], record[name]) for name in MEASURES}
+        common = seen["tensor"].keys() & record["tensor"].keys()
+        seen["tensor"] = {name: min(seen["tensor"][name], record["tensor"][name]) for name in sorted(common)}
+    return list(kept.values())
+
+
+def unreached(operators: Sequence[str], architecture: str, records: Sequence[Record]) -> list[str]:
+    """In words, the entries of these operators' tables that nothing was launched with."""
+    reached = {(record["table"], record["entry"]) for record in records}
+    tables = {
+        path.stem: launch.table(path.stem)
+        for path in sorted(Path(launch.__file__).parent.glob("*.json"))
+        if path.stem in operators
+    }
+    return [
+        f"No case launches {operator}'s {kernel} with entry {index} of {architecture}: bench/gpu_cases.py needs one."
+        for operator, table in tables.items()
+        for kernel in table
+        for index in range(len(table[kernel][architecture]))
+        if (f"{operator}.{kernel}", index) not in reached
+    ]
+
+
+def compile_all(architecture: str, operators: Sequence[str], dtypes: Sequence[str]) -> dict[str, list]:
+    """The records of these operators, and in words what there is none of."""
+    import triton
+
+    records, failures = [], []
+    with _as_on_a_gpu(architecture):
+        for operator in operators:
+            if "triton" not in import_module(f"vlcore.ops.{operator}").KERNELS:
+                continue
+            for case in [*cases(operator), *MORE.get(operator, [])]:
+                for dtype in dtypes:
+                    what = f"{case.title}, {case.shape}, {dtype}, {architecture}, Triton {triton.__version__}"
+                    try:
+                        records += compiled(case, dtype)
+                    except Exception as error:  # a compiler raises anything; all of them are reported, and none is lost
+                        failures.append(f"{what}: {type(error).__name__}: {error}")
+    if set(dtypes) == set(DTYPES):
+        failures += unreached(operators, architecture, records)
+    known = {"triton": triton.__version__, "architecture": architecture}
+    return {"records": [known | record for record in worst(records)], "failures": failures}
+
+
+if __name__ == "__main__":
+    assert not launch.INTERPRETED, "Triton's interpreter compiles nothing."
+    with redirect_stdout(sys.stderr):
+        result = compile_all(**json.loads(sys.argv[1]))
+    json.dump(result, sys.stdout)

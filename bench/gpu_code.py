@@ -1,0 +1,197 @@
+"""The GPU kernels' machine code, made and looked at where there is no GPU: `make gpu-code`.
+
+Every Triton kernel is compiled ahead of time, for each architecture and with each entry of its launch table, by running
+the real launchers on the benches' inputs with the launch replaced by a compilation: what is compiled is what users
+launch. csrc/cuda/ is compiled by nvcc. tests/test_gpu_code.py holds the limits over bench/results/gpu_code.json.
+"""
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from vlcore.bench.command import DTYPES, benched
+from vlcore.bench.machine_code import compile_cuda
+from vlcore.bench.report import RESULTS
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = RESULTS / "gpu_code.json"
+# Of launch tables -> what nvcc compiles for, which has instructions that the plain one lacks.
+ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
+# The oldest that pyproject.toml allows; `make gpu-code` puts it here, beside the usual one.
+OLDEST_TRITON = ROOT / "build" / "triton-3.6.0"
+CACHE = ROOT / "build" / "triton-cache"
+PROCESSES = 2
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Found:
+    """What is known of the kernels' machine code.
+
+    Attributes:
+        sources: of each operator, what its records follow from besides the compilers: files, and a hash of each.
+        triton, cuda: a record for each kernel, in the order of the operators.
+        failures: in words, what there is no record of.
+    """
+
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    triton: list[Record] = field(default_factory=list)
+    cuda: list[Record] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def updated(self, other: "Found") -> "Found":
+        """With the other's records in place of one's own of the same operators."""
+
+        def merged(name: str) -> list[Record]:
+            mine = [record for record in getattr(self, name) if record["operator"] not in other.sources]
+            return sorted(mine + getattr(other, name), key=lambda record: record["operator"])
+
+        sources = dict(sorted((self.sources | other.sources).items()))
+        return Found({name: files for name, files in sources.items() if files}, merged("triton"), merged("cuda"))
+
+    def write(self, path: Path) -> None:
+        """A line for each kernel, as a row of a table."""
+        parts = [f'"sources": {json.dumps(self.sources, indent=1)}']
+        for name in ("triton", "cuda"):
+            records = getattr(self, name)
+            columns = list(records[0]) if records else []
+            rows = ",\n".join(json.dumps([record[column] for column in columns]) for record in records)
+            parts.append(f'"{name}": {{"columns": {json.dumps(columns)}, "rows": [\n{rows}\n]}}')
+        path.write_text("{" + ",\n".join(parts) + "}\n")
+
+
+def read(path: Path) -> Found:
+    """A file that `Found.write` wrote."""
+    whole = json.loads(path.read_text())
+    triton, cuda = (
+        [dict(zip(whole[name]["columns"], row, strict=True)) for row in whole[name]["rows"]]
+        for name in ("triton", "cuda")
+    )
+    return Found(whole["sources"], triton, cuda)
+
+
+def sources(operator: str) -> dict[str, str]:
+    """The files of an operator's GPU kernels, and a hash of each. kernels/launch.py is not among them: it looks up
+    settings, and has no device code."""
+    files, left = {*ROOT.glob(f"csrc/cuda/{operator}.cu")}, {operator}
+    if files:
+        files |= {*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")}
+    while left:
+        stem = left.pop()
+        file = ROOT / "kernels" / f"{stem}.py"
+        if stem != "launch" and file.exists() and file not in files:
+            files |= {file, *ROOT.glob(f"kernels/{stem}.json")}
+            left |= _imported(file)
+    return {str(path.relative_to(ROOT)): sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(files)}
+
+
+def _imported(file: Path) -> set[str]:
+    """The stems of the other files in kernels/ that one imports."""
+    stems = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("vlcore.kernels")):
+            stem = (node.module or "").removeprefix("vlcore.kernels").removeprefix(".")
+            stems |= {stem} if stem else {alias.name for alias in node.names}
+    return stems
+
+
+def triton_records(triton: Path | None, architecture: str, operators: Sequence[str], dtypes: Sequence[str]) -> dict:
+    """What bench/ahead_of_time.py finds with the Triton in a folder, or (None) with the usual one.
+
+    It runs in a process of its own: a process has one Triton, and one GPU that it takes itself to have."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(CACHE)
+    if triton is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(triton), environment.get("PYTHONPATH", "")])
+    chosen = json.dumps({"architecture": architecture, "operators": operators, "dtypes": dtypes})
+    command = [sys.executable, "-m", "vlcore.bench.ahead_of_time", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def cuda_records(operators: Sequence[str], architecture: str) -> list[Record]:
+    """Of csrc/cuda/.
+
+    Raises:
+        ValueError: there are files to compile, and nvcc is not there or refuses them.
+    """
+    records = []
+    for file in sorted(ROOT.glob("csrc/cuda/*.cu")):
+        if file.stem in operators:
+            for function in compile_cuda(file, ROOT / "csrc", ARCHITECTURES[architecture]):
+                found = {"operator": file.stem, "kernel": function.name, "architecture": architecture}
+                measured = {
+                    name: getattr(function, name) for name in ("registers", "spills", "stack", "shared", "tensor")
+                }
+                records.append(found | measured)
+    return records
+
+
+def find(operators: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str], tritons: Sequence) -> Found:
+    """Compile all of these; `tritons` are folders, or None for the usual one."""
+    found = Found({operator: sources(operator) for operator in operators})
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        runs = [pool.submit(triton_records, *which, operators, dtypes) for which in product(tritons, architectures)]
+        cuda = [pool.submit(cuda_records, operators, architecture) for architecture in architectures]
+        for done in runs:
+            found.triton += done.result()["records"]
+            found.failures += done.result()["failures"]
+        found.cuda = [record for done in cuda for record in done.result()]
+    return found
+
+
+def line(record: Record) -> str:
+    """A record for a terminal."""
+    names = ("operator", "kernel", "triton", "architecture", "dtype")
+    entry = [f"{record['table']}[{record['entry']}]"] if record.get("table") else []
+    measured = [f"{record[name]} {name}" for name in ("registers", "spills", "shared", "warps") if name in record]
+    tensor = [f"{count} {name}" for name, count in record["tensor"].items()]
+    return "  ".join([*(str(record[name]) for name in names if name in record), *entry, *measured, *tensor])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vlcore.bench.gpu_code", description=__doc__)
+    parser.add_argument("operators", nargs="*", metavar="OP", help="operators of vlcore.ops (default: all)")
+    parser.add_argument(
+        "--architecture", action="append", choices=ARCHITECTURES, help="only this, and nothing is written"
+    )
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this, and nothing is written")
+    parser.add_argument("--usual-triton", action="store_true", help="only this, and nothing is written")
+    arguments = parser.parse_args(argv)
+    if strays := set(arguments.operators) - set(benched()):
+        parser.error(f"There are no operators {sorted(strays)} that have a bench.")
+    if not (arguments.usual_triton or OLDEST_TRITON.exists()):
+        parser.error(f"{OLDEST_TRITON} is not there: `make gpu-code` installs it.")
+    found = find(
+        arguments.operators or benched(),
+        arguments.architecture or list(ARCHITECTURES),
+        arguments.dtype or list(DTYPES),
+        [None] if arguments.usual_triton else [None, OLDEST_TRITON],
+    )
+    for record in [*found.triton, *found.cuda]:
+        print(line(record))
+    for failure in found.failures:
+        print(failure, file=sys.stderr)
+    if found.failures:
+        return 1
+    if not (arguments.architecture or arguments.dtype or arguments.usual_triton):
+        kept = read(FILE) if arguments.operators and FILE.exists() else Found()
+        kept.updated(found).write(FILE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The limits of the GPU kernels' machine code, held over what `make gpu-code` has found, without a GPU.
+
+Whoever changes a kernel or its launch table runs `make gpu-code`: what is on record has to be of the present sources.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlcore.bench import gpu_code
+from vlcore.bench.peers import operators
+from vlcore.kernels import launch
+
+ROOT = Path(__file__).parent.parent
+FOUND = gpu_code.read(gpu_code.FILE)
+KERNELS = [*FOUND.triton, *FOUND.cuda]
+TRITONS = sorted({record["triton"] for record in FOUND.triton})
+# What every GPU that is launched by a table gives one block: since Ampere, and of the data centre since Hopper.
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+# The tensor cores' instruction for large tiles of 16-bit numbers, whose rows fill a warpgroup; HMMA takes smaller ones.
+LARGE_TILES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+WARPGROUP_ROWS = 64
+
+
+def offenders(wrong) -> list[str]:
+    return [gpu_code.line(record) for record in KERNELS if wrong(record)]
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_is_of_these_sources(operator):
+    message = f"it has changed since: run `make gpu-code OPS={operator}`"
+    assert FOUND.sources.get(operator, {}) == gpu_code.sources(operator), message
+
+
+def test_two_tritons():
+    """The oldest that is allowed, and the one that is pinned."""
+    assert TRITONS[0] == gpu_code.OLDEST_TRITON.name.removeprefix("triton-") and len(TRITONS) == 2
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.json")), ids=lambda path: path.stem)
+def test_every_entry_of_a_launch_table_is_compiled(path):
+    there = {
+        (f"{path.stem}.{kernel}", index, architecture, triton)
+        for kernel, table in launch.table(path.stem).items()
+        for architecture in gpu_code.ARCHITECTURES
+        for index in range(len(table[architecture]))
+        for triton in TRITONS
+    }
+    compiled = {(r["table"], r["entry"], r["architecture"], r["triton"]) for r in FOUND.triton}
+    assert not there - compiled
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("csrc/cuda/*.cu")), ids=lambda path: path.stem)
+def test_every_cuda_kernel_is_compiled(path):
+    compiled = {record["architecture"] for record in FOUND.cuda if record["operator"] == path.stem}
+    assert compiled == set(gpu_code.ARCHITECTURES)
+
+
+def test_nothing_is_spilled():
+    assert not offenders(lambda record: record["spills"])
+
+
+def test_registers_and_shared_memory_fit():
+    assert not offenders(lambda record: record["registers"] > 255)
+    assert not offenders(lambda record: record["shared"] > SHARED[record["architecture"]])
+
+
+def test_products_of_16_bit_tiles_run_on_the_tensor_cores():
+    def slow(record):
+        rows, architecture = record.get("dot_rows", 0), record["architecture"]
+        wanted = {"HMMA", LARGE_TILES[architecture]} if rows < WARPGROUP_ROWS else {LARGE_TILES[architecture]}
+        return rows and not wanted & record["tensor"].keys()
+
+    assert not offenders(slow)
+
+
+@pytest.mark.skipif(not launch.AVAILABLE, reason="Triton is not installed")
+def test_compiles_a_kernel_here_and_now():
+    command = [sys.executable, "-m", "vlcore.bench.gpu_code", "rms_norm"]
+    command += ["--dtype", "bfloat16", "--architecture", "sm_90", "--usual-triton"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "rms_norm.forward[0]" in line]
+    assert lines and all("_forward_kernel" in line and "sm_90  bfloat16" in line for line in lines)
+    assert all(" registers  0 spills  16 shared  4 warps" in line for line in lines)
