@@ -14,10 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 from vlcore.bench import machine_code
-from vlcore.bench.command import DTYPES, cases
-from vlcore.bench.gpu_cases import MORE
+from vlcore.bench.command import DTYPES
+from vlcore.bench.gpu_cases import gpu_cases
 from vlcore.bench.harness import Case, Maker, values
-from vlcore.bench.launches import Entry, watched
+from vlcore.bench.launches import Entry, Tried, watched
 from vlcore.bench.shapes_only import ShapesOnly
 from vlcore.kernels import launch
 
@@ -31,10 +31,10 @@ Record = dict[str, Any]
 class _Driver:
     """Stands in for that of a GPU: Triton asks it what to compile for."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self):
         return self.target
@@ -47,11 +47,12 @@ class _Driver:
 
 
 @contextmanager
-def _as_on_a_gpu(architecture: str) -> Iterator[None]:
-    """Triton compiles for an architecture, and its kernels take the tensors of a CPU."""
+def as_on_a_gpu(architecture: str, capability: int) -> Iterator[None]:
+    """Triton compiles for a compute capability, such as 90, by the tables of an architecture, and its kernels take the
+    tensors of a CPU."""
     from triton.runtime import driver
 
-    driver.set_active(_Driver(architecture))
+    driver.set_active(_Driver(capability))
     with (
         patch.object(launch, "architecture", lambda index: architecture),
         patch.object(launch, "refusals", lambda *tensors: []),
@@ -59,8 +60,8 @@ def _as_on_a_gpu(architecture: str) -> Iterator[None]:
         yield
 
 
-def compiled(case: Case, dtype: str) -> list[Record]:
-    """A record of each kernel that a case launches."""
+def compiled(case: Case, dtype: str, tried: Tried | None = None) -> list[Record]:
+    """A record of each kernel that a case launches; `tried` are other settings than the tables'."""
     made: dict[int, tuple[Any, Record]] = {}
 
     def compile_instead(kernel: str, entry: Entry | None, go: Callable[..., Any]) -> Any:
@@ -73,7 +74,7 @@ def compiled(case: Case, dtype: str) -> list[Record]:
 
     with ShapesOnly():
         inputs = case.inputs(Maker(DTYPES[dtype], "cpu"))
-        with watched(compile_instead):
+        with watched(compile_instead, tried):
             values(case, case.on("triton"), inputs if isinstance(inputs, tuple) else inputs[0])
     return [record for _, record in made.values()]
 
@@ -126,11 +127,11 @@ def compile_all(architecture: str, operators: Sequence[str], dtypes: Sequence[st
     import triton
 
     records, failures = [], []
-    with _as_on_a_gpu(architecture):
+    with as_on_a_gpu(architecture, int(architecture.removeprefix("sm_"))):
         for operator in operators:
             if "triton" not in import_module(f"vlcore.ops.{operator}").KERNELS:
                 continue
-            for case in [*cases(operator), *MORE.get(operator, [])]:
+            for case in gpu_cases(operator):
                 for dtype in dtypes:
                     what = f"{case.title}, {case.shape}, {dtype}, {architecture}, Triton {triton.__version__}"
                     try:

@@ -9,13 +9,13 @@ import argparse
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,26 +84,30 @@ def read(path: Path) -> Found:
 def sources(operator: str) -> dict[str, str]:
     """The files of an operator's GPU kernels, and a hash of each. kernels/launch.py is not among them: it looks up
     settings, and has no device code."""
-    files, left = {*ROOT.glob(f"csrc/cuda/{operator}.cu")}, {operator}
-    if files:
-        files |= {*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")}
+    files: set[Path] = set()
+    left = {ROOT / "kernels" / f"{operator}.py", ROOT / "csrc" / "cuda" / f"{operator}.cu"}
     while left:
-        stem = left.pop()
-        file = ROOT / "kernels" / f"{stem}.py"
-        if stem != "launch" and file.exists() and file not in files:
-            files |= {file, *ROOT.glob(f"kernels/{stem}.json")}
-            left |= _imported(file)
+        file = left.pop()
+        if file.exists() and file not in files and file.name != "launch.py":
+            files |= {file, *ROOT.glob(f"kernels/{file.stem}.json")}
+            left |= _imported(file) if file.suffix == ".py" else _included(file)
     return {str(path.relative_to(ROOT)): sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(files)}
 
 
-def _imported(file: Path) -> set[str]:
-    """The stems of the other files in kernels/ that one imports."""
+def _imported(file: Path) -> set[Path]:
+    """The other files of kernels/ that one imports."""
     stems = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("vlcore.kernels")):
             stem = (node.module or "").removeprefix("vlcore.kernels").removeprefix(".")
             stems |= {stem} if stem else {alias.name for alias in node.names}
-    return stems
+    return {file.parent / f"{stem}.py" for stem in stems}
+
+
+def _included(file: Path) -> set[Path]:
+    """The files of csrc/ that one includes, which are named from its folder or from csrc/."""
+    names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+    return {(folder / name).resolve() for folder in (file.parent, ROOT / "csrc") for name in names}
 
 
 def triton_records(triton: Path | None, architecture: str, operators: Sequence[str], dtypes: Sequence[str]) -> dict:
@@ -140,11 +144,15 @@ def cuda_records(operators: Sequence[str], architecture: str) -> list[Record]:
     return records
 
 
-def find(operators: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str], tritons: Sequence) -> Found:
-    """Compile all of these; `tritons` are folders, or None for the usual one."""
+def find(operators: Sequence[str], architectures: Sequence[str], tritons: Mapping[Path | None, Sequence[str]]) -> Found:
+    """Compile these; `tritons` are folders, or None for the usual one, with the dtypes to compile for."""
     found = Found({operator: sources(operator) for operator in operators})
     with ThreadPoolExecutor(PROCESSES) as pool:
-        runs = [pool.submit(triton_records, *which, operators, dtypes) for which in product(tritons, architectures)]
+        runs = [
+            pool.submit(triton_records, triton, architecture, operators, dtypes)
+            for triton, dtypes in tritons.items()
+            for architecture in architectures
+        ]
         cuda = [pool.submit(cuda_records, operators, architecture) for architecture in architectures]
         for done in runs:
             found.triton += done.result()["records"]
@@ -175,11 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"There are no operators {sorted(strays)} that have a bench.")
     if not (arguments.usual_triton or OLDEST_TRITON.exists()):
         parser.error(f"{OLDEST_TRITON} is not there: `make gpu-code` installs it.")
+    dtypes = arguments.dtype or list(DTYPES)
     found = find(
         arguments.operators or benched(),
         arguments.architecture or list(ARCHITECTURES),
-        arguments.dtype or list(DTYPES),
-        [None] if arguments.usual_triton else [None, OLDEST_TRITON],
+        {None: dtypes}
+        if arguments.usual_triton
+        else {None: dtypes, OLDEST_TRITON: [x for x in dtypes if x != "float16"]},
     )
     for record in [*found.triton, *found.cuda]:
         print(line(record))

@@ -160,7 +160,7 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
     inputs = case.inputs(make)
     turns: Sequence[tuple] = [inputs] if isinstance(inputs, tuple) else inputs
     backends = case.backends(turns[0])
-    _check(case, turns[0], backends)
+    check(case, turns[0], backends)
     functions = {name: _timed(case, case.on(name), turns) for name in backends}
     failed = {}
     for name, contender in contenders(case, make.device, compiled).items():
@@ -187,7 +187,12 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
     )
 
 
-def _check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:
+def check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:
+    """Hold what backends give for a case against float64.
+
+    Raises:
+        AssertionError: one is not as accurate as torch.
+    """
     wide = tuple(_widened(x) for x in inputs)
     exact, baseline = (values(case, case.on(TORCH), given) for given in (wide, inputs))
     for backend in backends:

@@ -1,7 +1,7 @@
 """Watching the launches of Triton kernels: which entry of which launch table each is made with."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +29,12 @@ class Entry:
 # what launches, or with warmup=True only compiles, and returns the compiled kernel.
 Watcher = Callable[[str, Entry | None, Callable[..., Any]], Any]
 
+# Settings instead of those that entries hold.
+Tried = Mapping[Entry, dict[str, int]]
+
 
 @contextmanager
-def watched(watcher: Watcher, tried: dict[Entry, dict[str, int]] | None = None) -> Iterator[None]:
+def watched(watcher: Watcher, tried: Tried | None = None) -> Iterator[None]:
     """Within it, `watcher` is called at every launch, and an entry is taken as `tried` gives it where it does."""
     from triton.runtime.jit import JITFunction
 

@@ -12,9 +12,9 @@ DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_s
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Within it, what torch computes in floating point has the right shape, strides and dtype, and any values: memory
-    of the largest inputs is never touched. Integers and conditions are computed, since launches may depend on them.
-    The launchers of Triton kernels are called, wherever the tensors are."""
+    """Within it, what torch computes in floating point has the right shape, strides and dtype, and is 0. Integers and
+    conditions are computed, since launches may depend on them. The launchers of Triton kernels are called, wherever
+    the tensors are."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
@@ -31,7 +31,7 @@ class ShapesOnly(TorchDispatchMode):
             shapes = func(*_on_meta(args), **_on_meta(kwargs))
             tensors = [leaf for leaf in tree_leaves(shapes) if isinstance(leaf, Tensor)]
             if tensors and all(tensor.is_floating_point() for tensor in tensors):
-                return tree_map_only(Tensor, lambda tensor: _like(tensor, "cpu"), shapes)
+                return tree_map_only(Tensor, _zeros, shapes)
         return func(*args, **kwargs)
 
 
@@ -50,3 +50,9 @@ def _on_meta(arguments: Any) -> Any:
 
 def _like(tensor: Tensor, device: str) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    zeros = _like(tensor, "cpu")
+    # Larger pieces come from the system, which gives zeros, and gives memory only where something is written.
+    return zeros.zero_() if zeros.nbytes < 2**26 else zeros

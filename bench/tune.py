@@ -1,0 +1,150 @@
+"""How Triton kernels are launched, searched for on this GPU and written to kernels/<operator>.json.
+
+`python -m vlcore.bench.tune [OP...] [--minutes N]` goes through the entries of this GPU's tables, in their order. An
+entry's neighbours, a step away in one setting, or in a block and the warps at once, are compiled on all cores and timed
+on the inputs that reach the entry; it moves to the best one if that is faster by GAIN and right, and looks again.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from vlcore.bench.command import benched
+from vlcore.bench.launches import Entry
+from vlcore.bench.trials import Settings, Trial, on_this_gpu, reached
+from vlcore.kernels import launch
+
+# What a change has to be faster by, beyond what differs from run to run.
+GAIN = 0.03
+# The least and the most of a setting; those not named are halved and doubled from 1 on.
+LIMITS = {"num_warps": (1, 16), "num_stages": (1, 7)}
+BLOCK_LIMITS = (16, 8192)
+
+
+def neighbours(settings: Settings) -> list[Settings]:
+    """What is one step away: warps and stages first, which compile alike."""
+    names = sorted((name for name in settings if settings[name] > 0), key=lambda name: (name.isupper(), name))
+    steps = {name: _steps(name, settings[name]) for name in names}
+    single = [settings | {name: value} for name in names for value in steps[name].values()]
+    both = [
+        settings | {name: steps[name][way], "num_warps": steps["num_warps"][way]}
+        for name in names
+        for way in ("down", "up")
+        if name.startswith("BLOCK") and way in steps[name] and way in steps["num_warps"]
+    ]
+    return single + both
+
+
+def _steps(name: str, value: int) -> dict[str, int]:
+    least, most = LIMITS.get(name, BLOCK_LIMITS if name.startswith("BLOCK") else (1, math.inf))
+    down, up = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+    return {way: value for way, value in (("down", down), ("up", up)) if least <= value <= most}
+
+
+def ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """How long the ones take of the others' time, the geometric mean over the inputs."""
+    if math.inf in seconds or math.inf in others:
+        return math.inf if math.inf in seconds else 0.0
+    logarithms = [math.log(ours / theirs) for ours, theirs in zip(seconds, others, strict=True)]
+    return math.exp(math.fsum(logarithms) / len(logarithms))
+
+
+def improved(settings: Settings, trial: Trial, is_over: Callable[[], bool]) -> Settings:
+    """The settings that the search ends with: where no neighbour is faster, or when the time is over."""
+    seen = [settings]
+    while not is_over():
+        fresh = [near for near in neighbours(settings) if near not in seen]
+        seen += fresh
+        present = trial.seconds(settings)
+        ratios = []
+        for near in trial.usable(fresh):
+            if is_over():
+                break
+            ratios.append((ratio(trial.seconds(near), present), near))
+        # Equal times keep the order of `neighbours`.
+        for found, near in sorted(ratios, key=lambda pair: pair[0]):
+            if found > 1 - GAIN:
+                return settings
+            if ratio(trial.seconds(near), trial.seconds(settings)) <= 1 - GAIN and trial.right(near):
+                settings = near
+                break
+        else:
+            return settings
+    return settings
+
+
+def write(path: Path, table: dict) -> None:
+    """A launch table, an entry a line; at no time is there half a file."""
+    kernels = []
+    for kernel, architectures in table.items():
+        lists = ",\n".join(
+            f"    {json.dumps(name)}: [\n" + ",\n".join(f"      {json.dumps(entry)}" for entry in entries) + "\n    ]"
+            for name, entries in architectures.items()
+        )
+        kernels.append(f"  {json.dumps(kernel)}: {{\n{lists}\n  }}")
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        file.write("{\n" + ",\n".join(kernels) + "\n}\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def tuned(
+    entries: Mapping[Entry, Callable[[], Trial]],
+    folder: Path,
+    minutes: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[str]:
+    """Search for each entry in its share of the time, and write what changed at once; a line of each entry."""
+    end = clock() + 60 * minutes
+    for place, (entry, begin) in enumerate(entries.items()):
+        over = clock() + (end - clock()) / (len(entries) - place)
+        before = entry.settings
+        trial = begin()
+        after = improved(before, trial, lambda: clock() >= over)  # noqa: B023
+        name = f"{entry.operator}.{entry.kernel}, {entry.architecture}[{entry.index}]"
+        if after == before:
+            yield f"{name} stays {before}"
+            continue
+        path = folder / f"{entry.operator}.json"
+        table = json.loads(path.read_text())
+        entries_there = table[entry.kernel][entry.architecture]
+        limits = {name: entries_there[entry.index][name] for name in entries_there[entry.index].keys() & {"up_to"}}
+        entries_there[entry.index] = limits | after
+        gain = 1 - ratio(trial.seconds(after), trial.seconds(before))
+        write(path, table)
+        launch.table.cache_clear()
+        yield f"{name} takes {gain:.0%} less time: {before} -> {after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vlcore.bench.tune", description=__doc__)
+    parser.add_argument("operators", nargs="*", metavar="OP", help="operators of vlcore.ops (default: all)")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="of searching, shared among the entries (default: 8)"
+    )
+    arguments = parser.parse_args(argv)
+    if strays := set(arguments.operators) - set(benched()):
+        parser.error(f"There are no operators {sorted(strays)} that have a bench.")
+    if not torch.cuda.is_available() or launch.INTERPRETED or not launch.AVAILABLE:
+        parser.error("Launches are tuned on a GPU, by Triton and not by its interpreter; this process has none.")
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        runs = reached(arguments.operators or benched(), pool)
+        trials = {entry: partial(on_this_gpu, entry, its, pool) for entry, its in runs.items()}
+        for line in tuned(trials, Path(launch.__file__).parent, arguments.minutes):
+            print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The search for launch settings, with a clock and a GPU that are made up; what it compiles is compiled for real."""
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlcore.bench import tune
+from vlcore.bench.launches import Entry
+from vlcore.bench.trials import Trial
+from vlcore.kernels import launch
+
+ROOT = Path(__file__).parent.parent
+BEGIN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+NEVER = lambda: False  # noqa: E731
+
+
+class Landscape:
+    """Times of two inputs that grow with the distance from the best settings, in steps."""
+
+    def __init__(self, *, best=BEGIN, step=0.1, spilling=(), wrong=(), too_large=()):
+        self.best, self.step = best, step
+        self.spilling, self.wrong, self.too_large = spilling, wrong, too_large
+        self.timed = []
+
+    def distance(self, settings) -> float:
+        logarithmic = sum(abs(math.log2(settings[name] / self.best[name])) for name in ("BLOCK", "num_warps"))
+        return logarithmic + abs(settings["num_stages"] - self.best["num_stages"])
+
+    def seconds(self, settings):
+        self.timed.append(settings)
+        if settings in self.too_large:
+            return [math.inf, math.inf]
+        return [time * (1 + self.step) ** self.distance(settings) for time in (1e-3, 5e-5)]
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(
+            usable=lambda some: [settings for settings in some if settings not in self.spilling],
+            seconds=self.seconds,
+            right=lambda settings: settings not in self.wrong,
+        )
+
+
+def test_neighbours_are_a_step_away():
+    assert tune.neighbours({"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}) == [
+        {"BLOCK_M": 16, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 16, "num_warps": 2, "num_stages": 1},
+        {"BLOCK_M": 16, "num_warps": 8, "num_stages": 1},
+        {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1},
+        {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1},
+    ]
+    assert {"PROGRAMS": 528, "num_warps": 16} in tune.neighbours({"PROGRAMS": 264, "num_warps": 16})
+    assert all(near["num_warps"] <= 16 for near in tune.neighbours({"PROGRAMS": 264, "num_warps": 16}))
+
+
+@pytest.mark.parametrize(
+    "best",
+    [
+        {"BLOCK": 256, "num_warps": 8, "num_stages": 4},
+        {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK": 16, "num_warps": 1, "num_stages": 1},
+    ],
+)
+def test_finds_the_best(best):
+    assert tune.improved(BEGIN, Landscape(best=best).trial, NEVER) == best
+
+
+def test_what_is_hardly_faster_is_not_worth_a_change():
+    best = BEGIN | {"num_stages": 4}
+    assert tune.improved(BEGIN, Landscape(best=best, step=0.02).trial, NEVER) == BEGIN
+    assert tune.improved(BEGIN, Landscape(best=best, step=0.04).trial, NEVER) == best
+
+
+def test_what_spills_is_not_timed_and_what_is_wrong_not_taken():
+    best = BEGIN | {"num_stages": 4}
+    spilling = Landscape(best=best, spilling=[best])
+    assert tune.improved(BEGIN, spilling.trial, NEVER) == BEGIN and best not in spilling.timed
+    wrong = Landscape(best=best, wrong=[best])
+    assert tune.improved(BEGIN, wrong.trial, NEVER) == BEGIN and best in wrong.timed
+
+
+def test_what_this_gpu_cannot_launch_gives_way():
+    best = BEGIN | {"num_stages": 2}
+    assert tune.improved(BEGIN, Landscape(best=best, too_large=[BEGIN]).trial, NEVER) == best
+    assert tune.improved(BEGIN, Landscape(best=best, too_large=[best]).trial, NEVER) == BEGIN
+
+
+def test_stops_when_the_time_is_over():
+    landscape = Landscape(best=BEGIN | {"BLOCK": 512})
+    assert tune.improved(BEGIN, landscape.trial, lambda: True) == BEGIN and not landscape.timed
+    assert tune.improved(BEGIN, landscape.trial, lambda: len(landscape.timed) > 9)["BLOCK"] == 128
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A launch table of one kernel; its path."""
+    entries = [{"up_to": {"rows": 16}} | BEGIN, dict(BEGIN)]
+    path = tmp_path / "example.json"
+    tune.write(path, {"forward": {name: entries for name in ("sm_80", "sm_90", "sm_100")}})
+    launch.table.cache_clear()
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+    yield path
+    launch.table.cache_clear()
+
+
+def test_writes_what_is_faster_and_nothing_else(table):
+    best = BEGIN | {"BLOCK": 128}
+    before = json.loads(table.read_text())
+    entries = {
+        Entry("example", "forward", "sm_90", 0): lambda: Landscape(best=best).trial,
+        Entry("example", "forward", "sm_90", 1): lambda: Landscape().trial,
+    }
+    lines = list(tune.tuned(entries, table.parent, minutes=1))
+    assert lines[0].startswith("example.forward, sm_90[0] takes 9% less time: {'BLOCK': 64,")
+    assert lines[1].startswith("example.forward, sm_90[1] stays {'BLOCK': 64,")
+    before["forward"]["sm_90"][0] = {"up_to": {"rows": 16}} | best
+    assert json.loads(table.read_text()) == before
+    assert launch.table("example") == before
+    assert [path.name for path in table.parent.iterdir()] == ["example.json"]
+    assert stat.S_IMODE(table.stat().st_mode) == 0o644
+
+
+def test_entries_share_the_time(table):
+    now = [0.0]
+    landscapes = [Landscape(best=BEGIN | {"BLOCK": 8192}) for _ in range(2)]
+
+    def slow(landscape):
+        def seconds(settings):
+            now[0] += 1.0
+            return landscape.seconds(settings)
+
+        return Trial(landscape.trial.usable, seconds, landscape.trial.right)
+
+    entries = {Entry("example", "forward", "sm_80", i): lambda i=i: slow(landscapes[i]) for i in range(2)}
+    list(tune.tuned(entries, table.parent, minutes=1, clock=lambda: now[0]))
+    assert all(25 <= len(landscape.timed) <= 40 for landscape in landscapes)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.json")), ids=lambda path: path.stem)
+def test_a_table_is_laid_out_as_it_would_be_written(path, tmp_path):
+    tune.write(tmp_path / path.name, json.loads(path.read_text()))
+    assert (tmp_path / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["rms_norm"])
+    assert stopped.value.code == 2
+    assert "Launches are tuned on a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["rms_nrom"])
+    assert "There are no operators ['rms_nrom'] that have a bench" in capsys.readouterr().err
+
+
+PROGRAM = """
+from vlcore.bench.launches import Entry
+from vlcore.bench.trials import Run, spills
+
+entry = Entry("rms_norm", "forward", "sm_90", 0)
+assert spills(Run("rms_norm", 0, "bfloat16"), "sm_90", 90) == {entry: 0}
+assert spills(Run("rms_norm", 0, "float32"), "sm_90", 90, {entry: {"num_warps": 2}}) == {entry: 0}
+"""
+
+
+@pytest.mark.skipif(not launch.AVAILABLE, reason="Triton is not installed")
+def test_settings_that_are_not_in_the_table_are_compiled():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
