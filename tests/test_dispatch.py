@@ -4,8 +4,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlcore import ops
+from vlcore import native, ops
+from vlcore.ops import dispatch
 from vlcore.ops.dispatch import Kernel, choose, define, gradients
 from vlcore.ops.rms_norm import RMSNorm
 from vlcore.ops.swiglu import SwiGLU
@@ -94,8 +97,49 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     kernels = {"near": Kernel(forward, None, lambda *arguments: [])}
     op = define("guarded_forward(Tensor x, str backend) -> Tensor", kernels, torch.clone, lambda x, backend: x.clone())
     with torch.no_grad():
-        op(torch.zeros(1).as_subclass(OnGpu), "near"), op(torch.zeros(1), "near")
-    assert seen == [1, 0]
+        for current in (0, -1):  # a tensor that no GPU holds says that it is on -1
+            monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+            op(torch.zeros(1).as_subclass(OnGpu), "near")
+        op(torch.zeros(1), "near")
+    assert seen == [1, 0, 0]
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of the operators that torch sees."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names = {*getattr(self, "names", ()), str(function)}
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_torch_sees_the_operators_wherever_it_looks(requires_grad):
+    x, weight = torch.randn(3, 8, requires_grad=requires_grad), torch.randn(8)
+    backend = "torch" if native.cpp is None else "cpp"
+
+    def norm(x):
+        return dispatch.apply(RMSNorm, x, weight, 1e-6, backend)
+
+    wanted = norm(x)
+    with Seen() as seen:
+        assert torch.equal(norm(x), wanted)
+    assert "vlcore.rms_norm_forward.default" in seen.names
+    with torch.profiler.profile() as profile:
+        norm(x)
+    assert any(event.key == "vlcore::rms_norm_forward" for event in profile.key_averages())
+    graph = make_fx(norm)(x.detach())
+    assert any("rms_norm_forward" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_what_is_on_meta_is_not_computed():
+    def fail(x):
+        raise AssertionError("it runs")
+
+    kernels = {"near": Kernel(fail, None, lambda *arguments: [])}
+    op = define("shapes_forward(Tensor x, str backend) -> Tensor", kernels, fail, lambda x, backend: x.clone())
+    assert op(torch.zeros(2, device="meta"), "near").shape == (2,)
+    with pytest.raises(AssertionError, match="it runs"):
+        op(torch.zeros(2), "near")
 
 
 def test_triton_is_neither_needed_nor_imported_on_a_cpu():

@@ -48,7 +48,7 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
 
 def cpp_refusals(x: Tensor) -> list[str]:
     """Why no C++ kernel can run a tensor like x."""
-    if cpp is not None and x.device.type == "cpu" and x.dtype in _DTYPES:
+    if cpp is not None and x.is_cpu and x.dtype in _DTYPES:
         return []
     reasons = {
         "vlcore was built without its C++ extension": cpp is None,
