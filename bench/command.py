@@ -43,16 +43,18 @@ def run(
     *,
     device: str,
     dtypes: Sequence[str] = (),
+    overhead: bool = False,
     compiled: bool = True,
     json_file: Path | None = None,
 ) -> None:
     """Measure and print, a line each; write to `json_file` as results come.
 
     Args:
-        names: operators; all that have a bench where neither these nor parts are given.
+        names: operators; all that have a bench where nothing else is asked for.
         parts: of MODELS.
         device: "cpu" or "cuda".
         dtypes: of DTYPES; by default bfloat16, and for operators float32 too.
+        overhead: whether what calls of operators cost the host is measured.
         compiled: whether torch.compile is one of the peers, which takes minutes.
         json_file: where results are added; it holds one machine's only.
 
@@ -70,13 +72,15 @@ def run(
     if kept.machine != here:
         raise ValueError(f"{json_file} holds what was measured on {kept.machine!r}; this is {here!r}.")
     print(here, flush=True)
-    chosen = names or ([] if parts else benched())
+    chosen = names or ([] if parts or overhead else benched())
     failed: list[str] = []
     for dtype in dtypes or (("bfloat16", "float32") if chosen else ("bfloat16",)):
         limit = roofline(DTYPES[dtype], device)
         print(f"{dtype}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s at best", flush=True)
         results = chain(
-            _operators(chosen, dtype, device, compiled, failed), _models(parts, dtype, device, compiled, failed)
+            _overhead(DTYPES[dtype], device) if overhead else (),
+            _operators(chosen, dtype, device, compiled, failed),
+            _models(parts, dtype, device, compiled, failed),
         )
         for found in results:
             found = replace(found, limit=limit)
@@ -96,6 +100,11 @@ def _noted(what: str, failed: list[str]) -> Iterator[None]:
     except Exception as error:
         print_exception(error)
         failed.append(f"{what}: {error}")
+
+
+def _overhead(dtype: torch.dtype, device: str) -> Iterator[Measurement]:
+    # It takes its cases from here.
+    yield from import_module("vlcore.bench.overhead").overhead(dtype, device)
 
 
 def _operators(

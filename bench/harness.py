@@ -32,6 +32,10 @@ class Maker:
         return torch.randn(shape, device=self.device).mul_(scale).to(self.dtype)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def title(operator: str, trains: bool) -> str:
     return f"{operator}, forward and backward" if trains else operator
 
@@ -176,7 +180,7 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
     return Measurement(
         operator=case.operator,
         shape=case.shape,
-        dtype=str(make.dtype).removeprefix("torch."),
+        dtype=dtype_name(make.dtype),
         trains=case.trains,
         ours=min(backends or [TORCH_BACKEND], key=lambda name: seconds[name]),
         seconds=seconds,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlcore.bench.accuracy import assert_as_accurate
-from vlcore.bench.harness import Measurement, split
+from vlcore.bench.harness import Measurement, dtype_name, split
 from vlcore.bench.peers import COMPILED, EAGER, OURS, SDPA, public_twin
 from vlcore.bench.public_models import make_telling, public_inputs
 from vlcore.bench.timing import waited, working_memory
@@ -63,7 +63,7 @@ def measure(case: EndToEnd, dtype: torch.dtype, device: str) -> Iterator[Measure
         yield Measurement(
             operator=case.what,
             shape=case.shape,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             trains=case.trains,
             ours=name,
             seconds={other: time for other, time in seconds.items() if other == name or other in case.peers},

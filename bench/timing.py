@@ -28,6 +28,8 @@ SECONDS, FEWEST, MOST = 1.0, 3, 50
 TURN = 0.01
 # A GPU has nothing else to do, so that less time shows as much. Each call is a turn of its own there.
 GPU_SECONDS, GPU_MOST = 0.1, 100
+# Calls of which only the host's part is timed: fewer than a GPU's queue holds.
+CALLS, CALLED_TURNS = 50, 200
 # More than any GPU's L2 cache.
 FLUSHED = 2**28
 MOST_FLUSHES = 200
@@ -122,6 +124,20 @@ def _between_events(function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def called(functions: Functions, device: str) -> dict[str, Spread]:
+    """Seconds that the host spends on a call of each function, whose work a GPU need not have done by then."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(WARM_UP + CALLED_TURNS):
+        for name, function in functions.items():
+            _wait(device)
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                function()
+            if turn >= WARM_UP:
+                seconds[name].append((time.perf_counter() - start) / CALLS)
+    return {name: spread(times) for name, times in seconds.items()}
 
 
 def working_memory(function: Callable[[], object], device: str) -> int | None:

@@ -120,6 +120,15 @@ def test_the_command_adds_to_its_file_and_knows_its_machine(tmp_path, capsys):
     assert "holds what was measured on 'another'" in capsys.readouterr().err
 
 
+def test_what_a_call_costs(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "CALLED_TURNS", 3)
+    assert cli.main(["bench", "--overhead", "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 8
+    assert lines[0].startswith("call of rms_norm  1 × 2048, gradients not recorded  float32  auto ")
+    assert all(any(peer in line for peer in ("F.rms_norm", "F.layer_norm", "F.silu")) for line in lines)
+
+
 def test_the_command_refuses_what_it_cannot_bench(capsys):
     assert cli.main(["bench", "swigloo"]) == 2
     assert "There is no bench of 'swigloo'; there are add_rms_norm" in capsys.readouterr().err

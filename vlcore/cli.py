@@ -106,6 +106,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", action="append", default=[], choices=("bfloat16", "float32", "float16"))
+    parser.add_argument("--overhead", action="store_true", help="what calls of operators cost the host")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the peers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
     parser.set_defaults(run=_bench)
@@ -119,6 +120,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         arguments.model,
         device=arguments.device,
         dtypes=arguments.dtype,
+        overhead=arguments.overhead,
         compiled=not arguments.no_compile,
         json_file=arguments.json,
     )
