@@ -1,4 +1,5 @@
-# make demo | test | check | sanitize | gpu-code | soak: each sets up what it needs in .venv first. TORCH and PYTHON may be overridden.
+# make demo | test | check | bench | sanitize | gpu-code | soak: each sets up what it needs in .venv first. TORCH and
+# PYTHON may be overridden.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Waiting threads sleep instead of spinning: on a machine that does other things too, spinning ones take its cores.
@@ -6,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu)
 
-.PHONY: setup data demo test check sanitize gpu-code soak clean FORCE
+.PHONY: setup data demo test check bench sanitize gpu-code soak clean FORCE
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -39,6 +40,10 @@ check: setup
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_house.py
+
+# Every operator beside its peers, by pytest-benchmark; `vlcore bench` is what the README's numbers are measured by.
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only
 
 # The C++ kernels' tests on a build, apart from the usual one, that stops at any access past a tensor and at undefined
 # behaviour. Python and torch know nothing of the sanitizer, so its library goes first, and leaks are not looked for.

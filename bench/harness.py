@@ -72,10 +72,10 @@ class Case:
     def title(self) -> str:
         return title(self.operator, self.trains)
 
-    def backends(self, inputs: tuple) -> list[str]:
-        """The compiled backends that run these at their own speed, which an interpreter's is not."""
+    def backends(self, device: str) -> list[str]:
+        """The compiled backends that run on a device at their own speed, which an interpreter's is not."""
         kernels = import_module(f"vlcore.ops.{self.operator}").KERNELS
-        return [name for name in kernels if name != "triton" or inputs[0].is_cuda]
+        return [name for name in kernels if (name == "cpp") == (device == "cpu")]
 
     def on(self, backend: str) -> Callable[..., Result]:
         function = self.function or getattr(ops, self.operator)
@@ -160,10 +160,7 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
     Raises:
         AssertionError: a backend is not as accurate as torch; nothing is timed then.
     """
-    torch.manual_seed(0)
-    inputs = case.inputs(make)
-    turns: Sequence[tuple] = [inputs] if isinstance(inputs, tuple) else inputs
-    backends = case.backends(turns[0])
+    turns, backends = _turns(case, make), case.backends(make.device)
     check(case, turns[0], backends)
     functions = {name: _timed(case, case.on(name), turns) for name in backends}
     failed = {}
@@ -189,6 +186,30 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
         bytes=case.elements * make.dtype.itemsize + case.bytes,
         failed=failed,
     )
+
+
+def prepared(case: Case, make: Maker, name: str) -> Callable[[], object]:
+    """A backend of a case, checked, or one of its contenders: ready to be timed by itself, to the end of its work."""
+    turns = _turns(case, make)
+    if name in case.backends(make.device):
+        check(case, turns[0], [name])
+        function = _timed(case, case.on(name), turns)
+    else:
+        function = _timed(case, contenders(case, make.device, name == TORCH_COMPILED)[name], turns)
+    if make.device != "cuda":
+        return function
+
+    def run_to_the_end() -> None:
+        function()
+        torch.cuda.synchronize()
+
+    return run_to_the_end
+
+
+def _turns(case: Case, make: Maker) -> Sequence[tuple]:
+    torch.manual_seed(0)
+    inputs = case.inputs(make)
+    return [inputs] if isinstance(inputs, tuple) else inputs
 
 
 def check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:

