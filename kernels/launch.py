@@ -48,6 +48,12 @@ def dot_refusals(*tensors: Tensor) -> list[str]:
     return refusals(*tensors) + ["Triton's interpreter multiplies matrices of bfloat16 wrongly"] * wrong
 
 
+def row_refusals(x: Tensor, *others: Tensor) -> list[str]:
+    """Why Triton cannot run a kernel on the rows of x (..., N)."""
+    fits = 1 <= x.shape[-1] <= MAX_BLOCK
+    return refusals(x, *others) + [f"a row of {x.shape[-1]} is not in 1..{MAX_BLOCK}"] * (not fits)
+
+
 def worthwhile(x: Tensor, *others) -> bool:
     """Triton's interpreter is for tests: nobody wants it who did not ask."""
     return x.is_cuda and not INTERPRETED

@@ -9,6 +9,7 @@ from accuracy import assert_as_accurate
 from conftest import DEVICE
 from torch import Tensor
 
+from vlcore.kernels import launch
 from vlcore.ops.dispatch import TORCH, Kernel
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -37,6 +38,18 @@ def amid_nan(tensor: Tensor) -> Tensor:
 def skip_if_refused(kernels: Mapping[str, Kernel], backend: str, *arguments) -> None:
     if backend != TORCH and (reasons := kernels[backend].refusals(*arguments)):
         pytest.skip("; ".join(reasons))
+
+
+def launch_with(monkeypatch: pytest.MonkeyPatch, **constants: int) -> None:
+    """Triton's kernels are launched with these constants in place of their tables', so that little data has many
+    blocks."""
+    settings = launch.settings
+
+    def changed(*kernel, **sizes):
+        entry = settings(*kernel, **sizes)
+        return entry | {name: value for name, value in constants.items() if name in entry}
+
+    monkeypatch.setattr(launch, "settings", changed)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    launch_with,
     random,
     skip_if_refused,
 )
@@ -43,6 +44,15 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
     skip_if_refused(KERNELS, "cpp", *given)
     monkeypatch.setattr(native, "level", level)
     assert_matches(lambda *given: ops.add_rms_norm(*given, backend="cpp"), add_rms_norm_reference, *given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cols", "block"), [(129, 256), (129, 64)])
+def test_tiles_of_rows_and_chunks_of_long_ones(monkeypatch, cols, block, dtype):
+    given = inputs(7, cols, dtype=dtype)
+    skip_if_refused(KERNELS, "triton", *given)
+    launch_with(monkeypatch, BLOCK_ROWS=2, BLOCK_COLS=block, PROGRAMS=2, BLOCK_PARTIALS=1)
+    assert_matches(lambda *given: ops.add_rms_norm(*given, backend="triton"), add_rms_norm_reference, *given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -110,11 +110,13 @@ def stems(pattern: str) -> set[str]:
 
 
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
+# Device code, and what launches it, that several operators share.
+SHARED = {"launch", "matrix_product", "norm_rows"}
 
 
 @pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "bench/bench_*.py"])
 def test_an_implementation_has_the_stem_of_its_operator(pattern):
-    strays = {stem.removeprefix("bench_") for stem in stems(pattern)} - OPERATORS - {"launch", "matrix_product"}
+    strays = {stem.removeprefix("bench_") for stem in stems(pattern)} - OPERATORS - SHARED
     assert not strays, f"{pattern}: {sorted(strays)} are operators without a file in vlcore/ops"
 
 

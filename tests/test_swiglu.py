@@ -9,6 +9,7 @@ from operators import (
     assert_well_formed,
     random,
     skip_if_refused,
+    values_and_gradients,
 )
 
 from vlcore import native, ops
@@ -42,6 +43,20 @@ def test_takes_what_is_not_contiguous(backend):
     skip_if_refused(KERNELS, backend, *given)
     assert_strides_do_not_matter(lambda gate, up: SwiGLU.apply(gate, up, backend), *given)
     assert_strides_do_not_matter(ops.swiglu, *given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_the_halves_of_one_product(backend):
+    both = random(3, 4, 66)
+    skip_if_refused(KERNELS, backend, both, both)
+    for gate, up in (both.chunk(2, -1), (both[..., :33], both[..., ::2].mT.contiguous().mT)):
+        given = values_and_gradients(lambda gate, up: SwiGLU.apply(gate, up, backend), (gate, up))
+        known = values_and_gradients(swiglu_reference, (gate, up))
+        for got, wanted in zip(given, known, strict=True):
+            torch.testing.assert_close(got, wanted)
+        op = torch.ops.vlcore.swiglu_forward.default
+        assert op(gate, up, backend).is_contiguous()
+        torch.library.opcheck(op, (gate, up, backend))
 
 
 def test_reference_is_the_formula():

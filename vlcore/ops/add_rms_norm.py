@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
 from vlcore.ops.rms_norm import rms_norm, rms_norm_reference
@@ -25,7 +26,7 @@ def add_rms_norm(
         residual: (..., N), of x's shape and dtype.
         weight: (N,), of x's dtype.
         eps: added to the mean square.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         rms_norm(x + residual) and x + residual, both (..., N) of x's dtype. What is normalised is the sum as rounded
@@ -64,6 +65,10 @@ class AddRMSNorm(torch.autograd.Function):
         return grad_sum, grad_sum, grad_weight, None, None
 
 
+def _triton_refusals(x: Tensor, residual: Tensor, weight: Tensor) -> list[str]:
+    return launch.row_refusals(x, residual, weight)
+
+
 def _cpp_refusals(x: Tensor, residual: Tensor, weight: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
@@ -83,7 +88,15 @@ def _cpp_backward(grad_y, grad_total, total, weight, rstd, eps):
 
 
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("add_rms_norm", "forward"),
+        native.triton("add_rms_norm", "backward"),
+        _triton_refusals,
+        launch.worthwhile,
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
+}
 
 
 def _torch_forward(x, residual, weight, eps):

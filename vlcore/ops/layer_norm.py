@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
 
@@ -21,7 +22,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, ba
         x: (..., N), float32, float16 or bfloat16; float64 on "torch". The SAM necks call it channels-last.
         weight, bias: (N,), of x's dtype.
         eps: added to the variance.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (..., N), of x's dtype. Mean and (biased) variance are computed in float32.
@@ -56,6 +57,10 @@ class LayerNorm(torch.autograd.Function):
         return *grads, None, None
 
 
+def _triton_refusals(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+    return launch.row_refusals(x, weight, bias)
+
+
 def _cpp_refusals(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
@@ -81,7 +86,15 @@ def _cpp_worthwhile(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile)}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("layer_norm", "forward"),
+        native.triton("layer_norm", "backward"),
+        _triton_refusals,
+        launch.worthwhile,
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile),
+}
 
 
 def _torch_forward(x, weight, bias, eps):

@@ -59,8 +59,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _triton_refusals(x: Tensor, weight: Tensor) -> list[str]:
-    fits = 1 <= x.shape[-1] <= launch.MAX_BLOCK
-    return launch.refusals(x, weight) + [f"a row of {x.shape[-1]} is not in 1..{launch.MAX_BLOCK}"] * (not fits)
+    return launch.row_refusals(x, weight)
 
 
 def _cpp_refusals(x: Tensor, weight: Tensor) -> list[str]:

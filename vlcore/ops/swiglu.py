@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
@@ -20,7 +21,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = AUTO) -> Tensor:
     Args:
         gate: (...), float32, float16 or bfloat16; float64 on "torch".
         up: of gate's shape and dtype.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         Of gate's shape and dtype.
@@ -41,7 +42,6 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, backend):
-        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.backend = backend
         return swiglu_forward(gate, up, backend)
@@ -53,17 +53,23 @@ class SwiGLU(torch.autograd.Function):
         return *grads, None
 
 
+def _triton_refusals(gate: Tensor, up: Tensor) -> list[str]:
+    return launch.refusals(gate, up)
+
+
 def _cpp_refusals(gate: Tensor, up: Tensor) -> list[str]:
     return native.cpp_refusals(gate)
 
 
 def _cpp_forward(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     native.run_cpp("swiglu_forward", gate.dtype, gate, up, y, y.numel())
     return y
 
 
 def _cpp_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     native.run_cpp("swiglu_backward", gate.dtype, grad_y, gate, up, grad_gate, grad_up, gate.numel())
     return grad_gate, grad_up
@@ -75,17 +81,27 @@ def _cpp_worthwhile(gate: Tensor, up: Tensor) -> bool:
 
 
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile)}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("swiglu", "forward"), native.triton("swiglu", "backward"), _triton_refusals, launch.worthwhile
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile),
+}
+
+
+def _torch_forward(gate, up):
+    return swiglu_reference(gate, up).contiguous()
+
 
 swiglu_forward = define(
     "swiglu_forward(Tensor gate, Tensor up, str backend) -> Tensor",
     KERNELS,
-    swiglu_reference,
-    fake=lambda gate, up, backend: torch.empty_like(gate),
+    _torch_forward,
+    fake=lambda gate, up, backend: gate.new_empty(gate.shape),
 )
 swiglu_backward = define(
     "swiglu_backward(Tensor grad_y, Tensor gate, Tensor up, str backend) -> (Tensor grad_gate, Tensor grad_up)",
     KERNELS,
     lambda grad_y, gate, up: gradients(swiglu_reference, (gate, up), grad_y),
-    fake=lambda grad_y, gate, up, backend: (torch.empty_like(gate), torch.empty_like(up)),
+    fake=lambda grad_y, gate, up, backend: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
 )

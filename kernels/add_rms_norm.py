@@ -1,0 +1,20 @@
+"""RMSNorm of a residual sum in Triton: the sum is written and normalised while it is held."""
+
+from torch import Tensor
+
+from . import norm_rows
+
+
+def forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual (..., N) contiguous -> y, total (..., N) of x's dtype, rstd (...) float32."""
+    y, total, _, rstd = norm_rows.forward("add_rms_norm", x, weight, eps, residual=residual)
+    assert total is not None
+    return y, total, rstd
+
+
+def backward(
+    grad_y: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """grad_y, grad_total, total (..., N) contiguous, rstd (...) -> grad_sum (..., N), grad_weight (N,)."""
+    grad_sum, grad_weight, _ = norm_rows.backward("add_rms_norm", grad_y, total, weight, rstd, grad_total=grad_total)
+    return grad_sum, grad_weight

@@ -1,0 +1,333 @@
+"""Norms over rows, forward and backward: the device code of rms_norm, add_rms_norm and layer_norm.
+
+A program holds a tile of whole rows, and of rows that are too long for that one chunk of columns after the other. With
+a residual, the rows are those of the sum; with a bias, they are centred, as LayerNorm has them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+
+@triton.jit
+def _load_rows(x_ptr, residual_ptr, total_ptr, offsets, mask):
+    """A tile of x in float32, or of the total, which is written as it is rounded."""
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(total_ptr + offsets, x, mask=mask)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS: tl.constexpr, CENTRED: tl.constexpr):
+    """The mean and the sum of squared deviations of each row up to column `start`, and then with the chunk x."""
+    if CENTRED:
+        count = tl.minimum(num_cols - start, BLOCK_COLS).to(tl.float32)
+        chunk_mean = tl.sum(x, axis=1) / count
+        deviation = tl.where(mask, x - chunk_mean[:, None], 0.0)
+        apart, share = chunk_mean - mean, count / (start + count)
+        mean += apart * share
+        squares += tl.sum(deviation * deviation, axis=1) + apart * apart * (start * share)
+    else:
+        squares += tl.sum(x * x, axis=1)
+    return mean, squares
+
+
+@triton.jit
+def _load_scale(weight_ptr, bias_ptr, cols, num_cols):
+    """The weight and, where there is one, the bias."""
+    weight = tl.load(weight_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+    bias = tl.zeros_like(weight)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+    return weight, bias
+
+
+@triton.jit
+def _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps):
+    rstd = tl.rsqrt(squares / num_cols + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    return rstd
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    mean_ptr,
+    rstd_ptr,
+    num_rows,
+    num_cols,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Of rows that a program holds."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.arange(0, BLOCK_COLS)
+    offsets = rows[:, None] * num_cols + cols[None, :]
+    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    zeros = tl.zeros((BLOCK_ROWS,), tl.float32)
+    # Asked for ahead of the sums over rows, which all threads wait for.
+    weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
+    x = _load_rows(x_ptr, residual_ptr, total_ptr, offsets, mask)
+    mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, mean_ptr is not None)
+    rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
+    tl.store(y_ptr + offsets, (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
+
+
+@triton.jit
+def wide_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    mean_ptr,
+    rstd_ptr,
+    num_rows,
+    num_cols,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Of rows that a program reads twice."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside, first = (rows < num_rows)[:, None], rows[:, None] * num_cols
+    mean, squares = tl.zeros((BLOCK_ROWS,), tl.float32), tl.zeros((BLOCK_ROWS,), tl.float32)
+    for start in range(0, num_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = inside & (cols < num_cols)[None, :]
+        x = _load_rows(x_ptr, residual_ptr, total_ptr, first + cols[None, :], mask)
+        mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, mean_ptr is not None)
+    rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
+
+    if residual_ptr is not None:
+        # Of the total, other threads may read what one has written.
+        tl.debug_barrier()
+        x_ptr = total_ptr
+    for start in range(0, num_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask, offsets = inside & (cols < num_cols)[None, :], first + cols[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
+        tl.store(y_ptr + offsets, (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
+
+
+@triton.jit
+def _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask):
+    """Of a tile: the gradient of y, the normalised x_hat, and its gradient."""
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad_y = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return grad_y, (x - mean[:, None]) * rstd[:, None], grad_y * weight[None, :]
+
+
+@triton.jit
+def _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, offsets, mask):
+    """across, along: the means of grad_x_hat and of its product with x_hat, which leave a row's norm as it is."""
+    grad_x = (grad_x_hat - across[:, None] - x_hat * along[:, None]) * rstd[:, None]
+    if grad_total_ptr is not None:
+        grad_x += tl.load(grad_total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_x_ptr + offsets, grad_x, mask=mask)
+
+
+@triton.jit
+def _load_statistics(mean_ptr, rstd_ptr, rows, num_rows):
+    rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+    mean = tl.zeros_like(rstd)
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
+    return mean, rstd
+
+
+@triton.jit
+def _program_sums(partial_ptr, num_cols):
+    """Where a program's row of partial is for the weight's gradient, and of those behind for the bias's."""
+    program, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    return partial_ptr + program * num_cols, partial_ptr + (num_programs + program) * num_cols
+
+
+@triton.jit
+def backward_kernel(
+    grad_y_ptr,
+    grad_total_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_rows,
+    num_cols,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Of rows that a program holds."""
+    cols = tl.arange(0, BLOCK_COLS)
+    within = cols < num_cols
+    weight = tl.load(weight_ptr + cols, mask=within, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    grad_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), PROGRAMS, num_stages=STAGES):
+        rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        mean, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, num_rows)
+        offsets, mask = rows[:, None] * num_cols + cols[None, :], (rows < num_rows)[:, None] & within[None, :]
+        grad_y, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask)
+        along = tl.sum(grad_x_hat * x_hat, axis=1) / num_cols
+        across = tl.zeros_like(along)
+        if mean_ptr is not None:
+            across = tl.sum(grad_x_hat, axis=1) / num_cols
+            grad_bias += grad_y
+        grad_weight += grad_y * x_hat
+        _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, offsets, mask)
+
+    weight_sums_ptr, bias_sums_ptr = _program_sums(partial_ptr, num_cols)
+    tl.store(weight_sums_ptr + cols, tl.sum(grad_weight, axis=0), mask=within)
+    if mean_ptr is not None:
+        tl.store(bias_sums_ptr + cols, tl.sum(grad_bias, axis=0), mask=within)
+
+
+@triton.jit
+def wide_backward_kernel(
+    grad_y_ptr,
+    grad_total_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_rows,
+    num_cols,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Of rows that a program reads twice. What it sums, it keeps in its rows of partial."""
+    weight_sums_ptr, bias_sums_ptr = _program_sums(partial_ptr, num_cols)
+
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), PROGRAMS):
+        rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        inside = (rows < num_rows)[:, None]
+        mean, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, num_rows)
+
+        products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+        for start in tl.range(0, num_cols, BLOCK_COLS, num_stages=STAGES):
+            cols = start + tl.arange(0, BLOCK_COLS)
+            offsets, mask = rows[:, None] * num_cols + cols[None, :], inside & (cols < num_cols)[None, :]
+            weight = tl.load(weight_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
+            _, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask)
+            products += grad_x_hat * x_hat
+            if mean_ptr is not None:
+                sums += grad_x_hat
+        along, across = tl.sum(products, axis=1) / num_cols, tl.sum(sums, axis=1) / num_cols
+
+        # The sums may be read by other threads than those that wrote them for the tile before.
+        tl.debug_barrier()
+        for start in tl.range(0, num_cols, BLOCK_COLS):
+            cols = start + tl.arange(0, BLOCK_COLS)
+            within = cols < num_cols
+            offsets, mask = rows[:, None] * num_cols + cols[None, :], inside & within[None, :]
+            weight = tl.load(weight_ptr + cols, mask=within, other=0.0).to(tl.float32)
+            grad_y, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask)
+            _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, offsets, mask)
+            known = within & (tile >= PROGRAMS)
+            before = tl.load(weight_sums_ptr + cols, mask=known, other=0.0)
+            tl.store(weight_sums_ptr + cols, before + tl.sum(grad_y * x_hat, axis=0), mask=within)
+            if mean_ptr is not None:
+                before = tl.load(bias_sums_ptr + cols, mask=known, other=0.0)
+                tl.store(bias_sums_ptr + cols, before + tl.sum(grad_y, axis=0), mask=within)
+
+
+@triton.jit
+def sum_kernel(
+    partial_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    num_partials,
+    num_cols,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """The gradients of the weight and, where there is one, of the bias: always in the same order."""
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    sums = tl.zeros((BLOCK_PARTIALS, BLOCK_COLS), tl.float32)
+    for start in range(0, num_partials, BLOCK_PARTIALS):
+        partials = start + tl.arange(0, BLOCK_PARTIALS)
+        rows = tl.program_id(1).to(tl.int64) * num_partials + partials
+        mask = (partials < num_partials)[:, None] & (cols < num_cols)[None, :]
+        sums += tl.load(partial_ptr + rows[:, None] * num_cols + cols[None, :], mask=mask, other=0.0)
+    grad = tl.sum(sums, axis=0)
+    if tl.program_id(1) == 0:
+        tl.store(grad_weight_ptr + cols, grad, mask=cols < num_cols)
+    elif grad_bias_ptr is not None:
+        tl.store(grad_bias_ptr + cols, grad, mask=cols < num_cols)
+
+
+def forward(
+    operator: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """x, residual (..., N) contiguous -> y and, with a residual, the total (..., N) of x's dtype; the mean, with a
+    bias, and rstd (...) float32."""
+    num_cols = x.shape[-1]
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = None if residual is None else torch.empty_like(x)
+    mean = None if bias is None else torch.empty_like(rstd)
+    num_rows, settings = rstd.numel(), _settings(operator, "forward", x)
+    if num_rows:
+        kernel = forward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_forward_kernel
+        kernel[(triton.cdiv(num_rows, settings["BLOCK_ROWS"]),)](
+            x, residual, weight, bias, y, total, mean, rstd, num_rows, num_cols, eps, **settings
+        )
+    return y, total, mean, rstd
+
+
+def backward(
+    operator: str,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    grad_total: Tensor | None = None,
+    mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """grad_y, x, grad_total (..., N) contiguous; rstd, mean (...) -> grad_x (..., N), which grad_total is added to;
+    grad_weight (N,) and, with a mean, grad_bias (N,)."""
+    num_rows, num_cols = rstd.numel(), x.shape[-1]
+    settings = _settings(operator, "backward", x)
+    num_partials = min(triton.cdiv(num_rows, settings["BLOCK_ROWS"]), settings["PROGRAMS"])
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad_bias = None if mean is None else torch.empty_like(weight)
+    kinds = 1 if mean is None else 2
+    partial = x.new_empty((kinds, num_partials, num_cols), dtype=torch.float32)
+    if num_rows:
+        kernel = backward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_backward_kernel
+        kernel[(num_partials,)](
+            grad_y, grad_total, x, weight, mean, rstd, grad_x, partial, num_rows, num_cols, **settings
+        )
+    settings = launch.settings(operator, "sum", x.device)
+    sum_kernel[(triton.cdiv(num_cols, settings["BLOCK_COLS"]), kinds)](
+        partial, grad_weight, grad_bias, num_partials, num_cols, **settings
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def _settings(operator: str, kernel: str, x: Tensor) -> dict[str, int]:
+    return launch.settings(operator, kernel, x.device, cols=x.shape[-1], bits=8 * x.element_size())
