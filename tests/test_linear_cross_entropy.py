@@ -9,6 +9,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    launch_with,
     random,
     skip_if_refused,
 )
@@ -18,7 +19,12 @@ from vlcore.ops.linear_cross_entropy import KERNELS, REDUCTIONS, linear_cross_en
 
 BACKENDS = [*KERNELS, "torch"]
 # A chunk of "torch" is held in several forms, and its bfloat16 weight's gradient also in float32.
-MEMORY = [("cpp", torch.float32, 1 / 20), ("cpp", torch.bfloat16, 1 / 20), ("torch", torch.float32, 1 / 2)]
+MEMORY = [
+    ("cpp", torch.float32, 1 / 20),
+    ("cpp", torch.bfloat16, 1 / 20),
+    ("triton", torch.float32, 1 / 20),
+    ("torch", torch.float32, 1 / 2),
+]
 
 
 def inputs(*shape, width=8, vocabulary=11, ignored=0.4, dtype=torch.float32):
@@ -65,6 +71,18 @@ def test_chunks_change_nothing(backend, reduction, monkeypatch):
     assert_matches(reduced(reduction, backend), reference(reduction), *wide)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 64])  # the weight's gradient has room for the logits of as many rows
+def test_tiles_and_blocks_on_triton(monkeypatch, width, dtype):
+    given = inputs(23, width=width, vocabulary=50, ignored=0.2, dtype=dtype)
+    skip_if_refused(KERNELS, "triton", *given)
+    launch_with(monkeypatch, SEGMENT=16, BLOCK_WORDS=8, BLOCK_ROWS=16, BLOCK_SEGMENTS=2)
+    monkeypatch.setattr(import_module("vlcore.kernels.linear_cross_entropy"), "SHARE", 1)
+    monkeypatch.setattr(import_module("vlcore.kernels.linear_cross_entropy"), "BLOCK_WORDS", 32)
+    for reduction in ("sum", "none"):
+        assert_matches(reduced(reduction, "triton"), reference(reduction), *given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", range(native.level + 1))
 def test_every_level_of_instructions(monkeypatch, level, dtype):
@@ -79,7 +97,9 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_and_long_sums(backend, dtype):
-    hidden, weight, labels = inputs(5, width=4, vocabulary=20000, dtype=dtype)
+    # Triton's interpreter takes its time.
+    vocabulary = 2000 if backend == "triton" else 20000
+    hidden, weight, labels = inputs(5, width=4, vocabulary=vocabulary, dtype=dtype)
     skip_if_refused(KERNELS, backend, hidden, weight, labels)
     assert_matches(reduced("sum", backend), reference("sum"), hidden * 40, weight, labels)
     assert_matches(reduced("sum", backend), reference("sum"), hidden / 40, weight, labels)
@@ -143,7 +163,9 @@ def test_only_computes_the_gradients_that_are_needed(backend, frozen, reduction)
 @pytest.mark.parametrize(("backend", "dtype", "share"), MEMORY)
 def test_never_holds_the_logits(backend, dtype, share, needs):
     """What is held at once, beyond inputs and gradients, is a small share of all rows' logits in float32."""
-    hidden, weight, labels = inputs(1088, width=96, vocabulary=40000, dtype=dtype)
+    # Triton's interpreter takes its time.
+    rows, width, vocabulary = (128, 32, 6144) if backend == "triton" else (1088, 96, 40000)
+    hidden, weight, labels = inputs(rows, width=width, vocabulary=vocabulary, dtype=dtype)
     skip_if_refused(KERNELS, backend, hidden, weight, labels)
     hidden, weight = (tensor.requires_grad_(needed) for tensor, needed in zip((hidden, weight), needs, strict=True))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -156,7 +178,7 @@ def test_never_holds_the_logits(backend, dtype, share, needs):
             held += event.nbytes()
             most = max(most, held)
     gradients = sum(tensor.numel() * tensor.itemsize for tensor in (hidden, weight) if tensor.requires_grad)
-    assert 0 < most < gradients + 1088 * 40000 * 4 * share, f"{most:,} bytes, {gradients:,} of them gradients"
+    assert 0 < most < gradients + rows * vocabulary * 4 * share, f"{most:,} bytes, {gradients:,} of them gradients"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

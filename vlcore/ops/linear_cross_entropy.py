@@ -3,6 +3,7 @@
 Rows that are not supervised are left out first. On "torch" the others go in chunks: a chunk's logits give its losses
 and, in the same pass, its gradients. "cpp" goes over blocks of the vocabulary, with the softmax of all rows kept up to
 date as attention does over blocks of keys: each product of a block is that of a small matrix which stays in the cache.
+"triton" goes over such blocks twice, for the softmax of all rows and for the gradients.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
 
@@ -50,10 +52,11 @@ def linear_cross_entropy(
     Args:
         hidden: (..., D), float32, float16 or bfloat16; float64 on "torch".
         weight: (V, D), of hidden's dtype.
-        labels: (...), int32 or int64, in 0..V-1 or `ignore_index`. Their values are checked on the CPU.
+        labels: (...), int32 or int64, in 0..V-1 or `ignore_index`. Their values are checked on the CPU; a GPU stops
+            when it meets another.
         ignore_index: label of rows that have no loss.
         reduction: "mean" over the supervised rows (NaN when there is none, as in torch), "sum", or "none".
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         A float32 scalar (float64 for float64), or (...) with 0 at ignored rows for "none".
@@ -127,6 +130,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             )
         grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)]
         return *grads, None, None, None, None, None, None
+
+
+def _triton_refusals(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
+    return launch.refusals(hidden, weight, labels)
 
 
 def _cpp_refusals(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
@@ -222,7 +229,10 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 # In order of preference; without backwards, as a forward gives the gradients.
-KERNELS = {"cpp": Kernel(_cpp_forward, None, _cpp_refusals, _cpp_worthwhile)}
+KERNELS = {
+    "triton": Kernel(native.triton("linear_cross_entropy", "forward"), None, _triton_refusals, launch.worthwhile),
+    "cpp": Kernel(_cpp_forward, None, _cpp_refusals, _cpp_worthwhile),
+}
 
 
 def _torch_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, needs_weight):
