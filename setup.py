@@ -46,7 +46,7 @@ class BuildExt(build_ext):
         """One nvcc command compiles and links: it knows its own headers and libraries, so no CUDA_HOME."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("VLCORE_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";")
+        archs = os.environ.get("VLCORE_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
         subprocess.check_call(
             [
                 "nvcc",
@@ -59,7 +59,8 @@ class BuildExt(build_ext):
                 "0",
                 "-Xcompiler",
                 "-fPIC,-fvisibility=hidden",
-                *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs],
+                *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split(";")],
+                f'-DVLCORE_CUDA_ARCHS="{archs}"',
                 "-Icsrc",
                 f"-I{pybind11.get_include()}",
                 f"-I{sysconfig.get_path('include')}",

@@ -4,70 +4,42 @@
 #include <tuple>
 #include <utility>
 
+#include "crossing.h"
 #include "kernels.h"
 
 namespace py = pybind11;
 
-namespace {
+namespace vlcore {
 
-// Tensors cross as their addresses, which their method data_ptr() tells, and None as null: so this extension needs no
-// torch to build and fits every torch. A target crosses as two numbers, which the caller appends.
-template <typename T>
-struct Crossing {
-  using Given = T;
-  static T take(T given) { return given; }
-};
-
-template <typename T>
-struct Crossing<T*> {
-  using Given = py::handle;
-  static T* take(py::handle tensor) {
-    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-    if (tensor.is_none()) return nullptr;
-    const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
-    if (!address) throw py::error_already_set();
-    return static_cast<T*>(PyLong_AsVoidPtr(address.ptr()));
-  }
-};
-
+// A target crosses as two numbers, which the caller appends.
 template <>
-struct Crossing<vlcore::Target> {
+struct Crossing<Target> {
   using Given = std::pair<int, int>;
-  static vlcore::Target take(Given given) {
-    return {static_cast<vlcore::DType>(given.first), static_cast<vlcore::Level>(given.second)};
-  }
+  static Target take(Given given) { return {static_cast<DType>(given.first), static_cast<Level>(given.second)}; }
 };
 
 template <>
-struct Crossing<vlcore::Heads> {
+struct Crossing<Heads> {
   using Given = std::tuple<py::handle, int64_t, int64_t, int64_t>;
-  static vlcore::Heads take(Given given) {
+  static Heads take(Given given) {
     const auto [tensor, batch_stride, token_stride, head_stride] = given;
     return {Crossing<const void*>::take(tensor), batch_stride, token_stride, head_stride};
   }
 };
 
 template <>
-struct Crossing<vlcore::Weight> {
+struct Crossing<Weight> {
   using Given = std::tuple<py::handle, py::handle, int64_t, int>;
-  static vlcore::Weight take(Given given) {
+  static Weight take(Given given) {
     const auto [values, scales, groups, bits] = given;
     return {Crossing<const void*>::take(values), Crossing<const float*>::take(scales), groups, bits};
   }
 };
 
-template <typename... Arguments>
-void bind(py::module_& m, const char* name, void (*kernel)(Arguments...)) {
-  m.def(name, [kernel](typename Crossing<Arguments>::Given... given) {
-    const std::tuple<Arguments...> taken{Crossing<Arguments>::take(given)...};
-    py::gil_scoped_release unlocked;
-    std::apply(kernel, taken);
-  });
-}
-
-}  // namespace
+}  // namespace vlcore
 
 PYBIND11_MODULE(_C, m) {
+  using vlcore::bind;
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
   m.def("multiplies_tiles", vlcore::multiplies_tiles);
   bind(m, "prefer_huge_pages", vlcore::prefer_huge_pages);

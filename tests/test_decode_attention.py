@@ -45,6 +45,31 @@ def test_matches_the_reference(backend, sizes, dtype):
     assert torch.equal(actual[5], given[5])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (4, 2), (12, 3), (6, 2), (8, 1)])
+def test_heads_that_share_keys_on_a_gpu(heads, key_heads, dim, dtype):
+    """Rows from empty to longer than all that the blocks of a row read at once; the tokens past them are NaN."""
+    given = inputs(lengths=(0, 1, 9, 1100), size=1104, heads=heads, key_heads=key_heads, dim=dim, dtype=dtype)
+    skip_if_refused(KERNELS, "cuda", *given, 1e4, 0.5)
+    for row, length in enumerate(given[5].tolist()):
+        given[3][row, length:], given[4][row, length:] = torch.nan, torch.nan
+    for lengths in (given[5], given[5].int()):
+        actual, low, exact = copies(given), copies(given), copies(given, torch.float64)
+        with poisoned_memory():
+            out = ops.decode_attention(*actual[:5], lengths, backend="cuda")
+        references = [row_by_row(some) for some in (low, exact)]
+        assert_as_accurate(out, *references)
+
+
+def row_by_row(given):
+    """The reference where tokens past a row's own are NaN, which a mask would not keep out of its sums."""
+    rows = [[tensor[row : row + 1] for tensor in given] for row in range(len(given[5]))]
+    return torch.cat(
+        [decode_attention_reference(*row[:3], *(c[:, : int(row[5]) + 1] for c in row[3:5]), row[5]) for row in rows]
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", range(native.level + 1))
 def test_every_level_of_instructions(monkeypatch, level, dtype):
@@ -183,3 +208,13 @@ def test_has_no_gradient():
         ops.decode_attention(q.requires_grad_(), *rest)
     with torch.no_grad():
         ops.decode_attention(q, *rest)
+
+
+def test_says_why_cuda_cannot_run():
+    given = inputs(dim=20)
+    with pytest.raises(ValueError, match="cannot run on 'cuda' .*: .*its heads are of 64 or 128, and these of 20"):
+        ops.decode_attention(*given, backend="cuda")
+    given = list(inputs(dim=64))
+    given[3], given[4] = (torch.zeros(cache.numel() + 1)[1:].view(cache.shape) for cache in given[3:5])
+    with pytest.raises(ValueError, match="caches whose tokens begin at multiples of 16 bytes"):
+        ops.decode_attention(*given, backend="cuda")

@@ -3,6 +3,7 @@
 import mmap
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,3 +44,105 @@ def test_memory_too_small_for_a_page_is_left_alone(size):
     tensor = torch.arange(size, dtype=torch.uint8)
     assert native.prefer_huge_pages(tensor) is tensor
     assert torch.equal(tensor, torch.arange(size, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80;90a;100a", (8, 0), True),
+        ("80;90a;100a", (8, 9), True),
+        ("80;90a;100a", (9, 0), True),
+        ("80;90a;100a", (7, 5), False),
+        ("80;90a;100a", (10, 3), False),
+        ("80;90a;100a", (12, 0), False),
+        ("100", (10, 3), True),
+        ("86", (8, 0), False),
+    ],
+)
+def test_code_for_one_gpu_runs_on_those_after_it(architectures, capability, runs):
+    assert native.has_code(architectures, capability) is runs
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that a GPU holds it."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+def test_says_why_no_cuda_kernel_runs(monkeypatch):
+    monkeypatch.setattr(native, "cuda", None)
+    without, on_cpu = "vlcore was built without its CUDA extension", "it runs on a GPU only"
+    assert native.cuda_refusals(torch.zeros(1)) == [without, on_cpu]
+    monkeypatch.setattr(native, "cuda", SimpleNamespace(architectures="80;90a"))
+    only = "it computes in float32, bfloat16 and float16 only"
+    assert native.cuda_refusals(torch.zeros(1).double()) == [on_cpu, only]
+    x = torch.zeros(1).as_subclass(OnGpu)
+    for capability, since, reasons in (
+        ((9, 0), (9, 0), []),
+        ((8, 6), (8, 0), []),
+        ((8, 6), (9, 0), ["it needs compute capability 9.0, and this GPU has 8.6"]),
+        ((12, 0), (9, 0), ["this build has code for 80;90a, and the GPU's is 12.0"]),
+    ):
+        monkeypatch.setattr(native, "_capability", lambda index, capability=capability: capability)
+        assert native.cuda_refusals(x, since) == reasons
+
+
+def test_tensors_for_cuda_kernels_begin_at_16_bytes():
+    fitting, shifted = torch.arange(8.0), torch.arange(9.0)[1:]
+    assert native.aligned(fitting) is fitting
+    assert native.aligned(shifted).data_ptr() % 16 == 0 and torch.equal(native.aligned(shifted), shifted)
+    assert torch.equal(native.aligned(torch.arange(8.0).view(2, 4).t()), torch.arange(8.0).view(2, 4).t())
+
+
+LINEAR = dict(x=torch.zeros(64), values=torch.zeros(64), rows=1, inputs=64, groups=1, bits=8, dtype=0)
+DECODE = dict(cache=torch.zeros(64), stride=64, heads=2, kv_heads=1, dim=64, length_bytes=8, dtype=0)
+
+
+@pytest.mark.skipif(native.cuda is None, reason="vlcore was built without its CUDA extension")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(bits=3), "3 bits are neither 8 nor 4"),
+        (dict(rows=17), "17 rows are more than 16"),
+        (dict(inputs=72), "a row of 72 inputs is no multiple of 16 bytes"),
+        (dict(inputs=48, bits=4), "a row of 48 inputs is no multiple of 16 bytes"),
+        (dict(groups=4), "4 groups of 64 inputs are not of 32, 64 or 128"),
+        (dict(x=torch.zeros(65)[1:]), "a tensor does not begin at a multiple of 16 bytes"),
+        (dict(values=torch.zeros(65)[1:]), "a tensor does not begin at a multiple of 16 bytes"),
+        (dict(dtype=3), "there is no dtype 3"),
+    ],
+)
+def test_cuda_linear_layers_check_what_they_are_given(changed, message):
+    """Before CUDA is called, which there need not be."""
+    x, values, rows, inputs, groups, bits, dtype = {**LINEAR, **changed}.values()
+    with pytest.raises(ValueError, match=message):
+        native.cuda.quantized_linear_forward(x, values, None, None, None, rows, 4, inputs, groups, bits, (dtype, 0))
+
+
+@pytest.mark.skipif(native.cuda is None, reason="vlcore was built without its CUDA extension")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(dim=32), "a head of 32 is neither 64 nor 128"),
+        (dict(heads=3, kv_heads=2), "3 heads do not share 2"),
+        (dict(kv_heads=0), "2 heads do not share 0"),
+        (dict(length_bytes=2), "lengths of 2 bytes are neither int32 nor int64"),
+        (dict(cache=torch.zeros(65)[1:]), "a tensor does not begin at a multiple of 16 bytes"),
+        (dict(stride=66), "the tokens of a cache are not at multiples of 16 bytes"),
+        (dict(dtype=3), "there is no dtype 3"),
+    ],
+)
+def test_cuda_decode_attention_checks_what_it_is_given(changed, message):
+    cache, stride, heads, kv_heads, dim, length_bytes, dtype = {**DECODE, **changed}.values()
+    given = (None, None, None, cache, cache, None, None, 1, stride, stride, heads, kv_heads, dim, length_bytes)
+    with pytest.raises(ValueError, match=message):
+        native.cuda.decode_attention_forward(*given, 1e4, 1.0, (dtype, 0))
+
+
+@pytest.mark.skipif(native.cuda is None, reason="vlcore was built without its CUDA extension")
+def test_cuda_kernels_of_nothing_are_not_launched():
+    x = torch.zeros(64)
+    native.cuda.quantized_linear_forward(x, x, None, None, None, 0, 4, 64, 1, 8, (0, 0))
+    native.cuda.decode_attention_forward(None, None, None, x, x, None, None, 0, 64, 64, 2, 1, 64, 8, 1e4, 1.0, (0, 0))
+    assert native.cuda.architectures

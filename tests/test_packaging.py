@@ -1,8 +1,11 @@
 """What `python -m build` makes installs in a clean environment and works from another directory."""
 
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
@@ -20,8 +23,9 @@ torch.testing.assert_close(ops.rms_norm(x, weight, backend="cpp"), ops.rms_norm(
 """
 
 
-def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    environment = {**os.environ, **environment}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
 
@@ -30,12 +34,27 @@ def run(*command: object, cwd: Path) -> str:
 def built(tmp_path_factory) -> Path:
     """The sdist, and the wheel that is built from the sdist and not from the checkout."""
     target = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", target, ROOT, cwd=target)
+    # Where nvcc is, for one GPU: three take three times as long.
+    run(
+        sys.executable, "-m", "build", "--outdir", target, ROOT, cwd=target, VLCORE_CUDA="auto", VLCORE_CUDA_ARCHS="90a"
+    )
     return target
 
 
-@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
-def test_installs_and_works_elsewhere(built, tmp_path, pattern):
+def test_the_sdist_has_the_sources_of_each_extension(built):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    sources = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("**/*.*")]
+    assert {"csrc/cuda/device.h", "csrc/cuda/decode_attention.cu"} <= set(sources) <= names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "cuda"),
+    # The wheel was built with CUDA kernels if it could be; what is built from the sdist here shall not be.
+    [("*.whl", shutil.which("nvcc") is not None), ("*.tar.gz", False)],
+)
+def test_installs_and_works_elsewhere(built, tmp_path, pattern, cuda):
     (archive,) = built.glob(pattern)
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)
@@ -44,6 +63,7 @@ def test_installs_and_works_elsewhere(built, tmp_path, pattern):
     # packages, but not the editable vlcore, whose own .pth is not followed from there.
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    run(python, "-m", "pip", "install", "--no-deps", archive, cwd=tmp_path)
+    run(python, "-m", "pip", "install", "--no-deps", archive, cwd=tmp_path, VLCORE_CUDA="0")
     run(python, "-c", PROGRAM, cwd=tmp_path)
+    run(python, "-c", f"from vlcore import native; assert (native.cuda is not None) == {cuda}", cwd=tmp_path)
     assert "parameters" in run(environment / "bin" / "vlcore", "info", "--preset", "tiny", cwd=tmp_path).lower()

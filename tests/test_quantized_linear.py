@@ -49,15 +49,28 @@ def test_odd_shapes(backend, shape, bits):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "group_size"), [(352, 32), (320, 64), (384, 128), (299, None)])
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 11, 130])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sizes_of_several_blocks_and_a_part(backend, bits, size, group_size, dtype):
+def test_sizes_of_several_blocks_and_a_part(backend, rows, bits, size, group_size, dtype):
     weight = ops.quantize_weight(random(139, size), bits, group_size)
-    for rows in (3, 130):
-        x, bias = random(rows, size, dtype=dtype), random(139, dtype=dtype)
-        skip_if_refused(KERNELS, backend, x, weight.values, weight.scales, bias, bits)
-        assert_matches(
-            through_op(backend, weight), lambda x, bias: quantized_linear_reference(x, weight, bias), x, bias
-        )
+    x, bias = random(rows, size, dtype=dtype), random(139, dtype=dtype)
+    skip_if_refused(KERNELS, backend, x, weight.values, weight.scales, bias, bits)
+    assert_matches(through_op(backend, weight), lambda x, bias: quantized_linear_reference(x, weight, bias), x, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("bits", "group_size"), [*FORMS, (8, 128), (4, 128)])
+def test_a_long_row_for_each_number_of_rows(bits, group_size, dtype):
+    """On a GPU, up to 16 rows: warps take turns at a weight's row, and what they hold of it ahead has to fit."""
+    weight, many = ops.quantize_weight(random(35, 2432), bits, group_size), random(16, 2432, dtype=dtype)
+    for rows in (1, 2, 3, 4, 5, 8, 9, 16):
+        x = many[:rows]
+        skip_if_refused(KERNELS, "cuda", x, weight.values, weight.scales, None, bits)
+        assert_matches(through_op("cuda", weight), through_op("torch", weight), x, None)
+        bad = x.clone()
+        bad[rows // 2, 1000] = torch.nan
+        y = ops.quantized_linear(bad, weight, backend="cuda")
+        assert y[rows // 2].isnan().all() and y.isnan().sum() == y.shape[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -173,6 +186,14 @@ def test_says_why_a_backend_cannot_run():
     with pytest.raises(ValueError, match=r"cannot run on 'cpp' .*: 8 groups of 64 inputs are not of one of \(32, 64"):
         ops.quantized_linear(torch.zeros(1, 64), weight, backend="cpp")
     torch.testing.assert_close(ops.quantized_linear(torch.ones(64), weight), torch.full((2,), 64 * 127.0))
+    for backend in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=rf"cannot run on '{backend}' .* 8 groups of 64 inputs are not of one of"):
+            ops.quantized_linear(torch.zeros(1, 64), weight, backend=backend)
+    weight = ops.quantize_weight(torch.ones(2, 72), 8)
+    with pytest.raises(
+        ValueError, match="it takes up to 16 rows, and these are 17; 72 inputs of 8 bits are no multiple"
+    ):
+        ops.quantized_linear(torch.zeros(17, 72), weight, backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

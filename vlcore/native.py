@@ -1,6 +1,7 @@
 """The compiled extensions, None where this build has none, and Triton's launchers."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -23,6 +24,7 @@ level: int = cpp.best_level() if cpp else 0
 # Whether the machine multiplies whole tiles (AMX), as torch's matrix products do and the kernels do not.
 multiplies_tiles: bool = cpp.multiplies_tiles() if cpp else False
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CUDA_DTYPES = {**_DTYPES, torch.float16: 2}
 
 
 def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
@@ -30,6 +32,18 @@ def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
     # OpenMP keeps a count for each thread that calls it; in a new one, torch sets its own only when it is asked for it.
     torch.get_num_threads()
     getattr(cpp, kernel)(*args, (_DTYPES[dtype], level))
+
+
+def run_cuda(kernel: str, x: Tensor, *args) -> None:
+    """Queue a function of the CUDA extension for tensors like x, on torch's current stream of their GPU."""
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    getattr(cuda, kernel)(*args, (_CUDA_DTYPES[x.dtype], stream))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A tensor as a CUDA kernel takes one: contiguous, from a multiple of 16 bytes on."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def strided(tensor: Tensor) -> tuple:
@@ -56,6 +70,38 @@ def cpp_refusals(x: Tensor) -> list[str]:
         "it computes in float32 and bfloat16 only": x.dtype not in _DTYPES,
     }
     return [reason for reason, applies in reasons.items() if applies]
+
+
+def cuda_refusals(x: Tensor, since: tuple[int, int] = (8, 0)) -> list[str]:
+    """Why no CUDA kernel that needs a compute capability can run a tensor like x."""
+    reasons = {
+        "vlcore was built without its CUDA extension": cuda is None,
+        "it runs on a GPU only": not x.is_cuda,
+        "it computes in float32, bfloat16 and float16 only": x.dtype not in _CUDA_DTYPES,
+    }
+    if any(reasons.values()):
+        return [reason for reason, applies in reasons.items() if applies]
+    # What is remembered is not looked up in a graph that is being compiled.
+    given = (_capability.__wrapped__ if torch.compiler.is_compiling() else _capability)(x.device.index)
+    if given < since:
+        return [f"it needs compute capability {since[0]}.{since[1]}, and this GPU has {given[0]}.{given[1]}"]
+    if not has_code(cuda.architectures, given):
+        return [f"this build has code for {cuda.architectures}, and the GPU's is {given[0]}.{given[1]}"]
+    return []
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor
+
+
+def has_code(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures such as "80;90a" runs on a GPU: that of 80 does on 8.6, and that of 90a on 9.0."""
+    major, minor = capability
+    exact = f"{major}{minor}a"
+    older = [f"{major}{step}" for step in range(minor + 1)]
+    return any(name == exact or name in older for name in architectures.split(";"))
 
 
 def triton(operator: str, launcher: str) -> Callable:

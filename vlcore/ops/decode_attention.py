@@ -70,7 +70,7 @@ def decode_attention(
             position. Their values are checked where they are on the CPU.
         theta: base of the rotary wavelengths.
         scale: of the scores; D^-1/2 unless given.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "cuda" or "cpp".
 
     Returns:
         (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row.
@@ -113,7 +113,7 @@ def _cpp_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> lis
 
 
 def cache_refusals(key_cache: Tensor, value_cache: Tensor) -> list[str]:
-    """Why no C++ kernel can read these caches."""
+    """Why neither C++ nor CUDA kernels can read these caches."""
     fits = key_cache.stride() == value_cache.stride() and key_cache.stride()[2:] == (key_cache.shape[3], 1)
     return ["it needs caches whose tokens are contiguous, both alike"] * (not fits)
 
@@ -126,8 +126,30 @@ def _cpp_forward(q, k, v, key_cache, value_cache, lengths, theta, scale) -> Tens
     return out
 
 
+def _cuda_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> list[str]:
+    # Blocks that share a row meet in clusters.
+    reasons = native.cuda_refusals(q, since=(9, 0)) + cache_refusals(key_cache, value_cache)
+    if q.shape[3] not in (64, 128):
+        reasons.append(f"its heads are of 64 or 128, and these of {q.shape[3]}")
+    places = (key_cache.storage_offset(), value_cache.storage_offset(), *key_cache.stride()[:2])
+    if any(place * q.element_size() % 16 for place in places):
+        reasons.append("it needs caches whose tokens begin at multiples of 16 bytes")
+    return reasons
+
+
+def _cuda_forward(q, k, v, key_cache, value_cache, lengths, theta, scale) -> Tensor:
+    out = q.new_empty(q.shape)
+    sizes = (q.shape[0], *key_cache.stride()[:2], q.shape[2], k.shape[2], q.shape[3], lengths.element_size())
+    given = (q.contiguous(), k.contiguous(), v.contiguous(), key_cache, value_cache, lengths.contiguous())
+    native.run_cuda("decode_attention_forward", q, *given, out, *sizes, theta, scale)
+    return out
+
+
 # In order of preference; without backwards.
-KERNELS = {"cpp": Kernel(_cpp_forward, None, _cpp_refusals)}
+KERNELS = {
+    "cuda": Kernel(_cuda_forward, None, _cuda_refusals),
+    "cpp": Kernel(_cpp_forward, None, _cpp_refusals),
+}
 
 decode_attention_forward = define(
     "decode_attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache,"

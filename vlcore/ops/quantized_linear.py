@@ -9,7 +9,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
+from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, needs_gradient, once_differentiable
 from vlcore.ops.linear import MAX_ROWS, num_rows
 
 GROUP_SIZES = (32, 64, 128)
@@ -102,8 +102,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         x: (..., K), float32, float16 or bfloat16; float64 on "torch".
         weight: of shape (N, K), on x's device.
         bias: (N,), of x's dtype, or None.
-        backend: "auto", "torch", "triton", or "cpp", which multiplies up to 16 rows by the integers themselves, where
-            the machine multiplies bytes, and dequantises the weight for more.
+        backend: "auto", "torch", "cuda", which takes up to 16 rows, "triton", or "cpp", which multiplies up to 16 rows
+            by the integers themselves, where the machine multiplies bytes, and dequantises the weight for more.
 
     Returns:
         (..., N), of x's dtype.
@@ -160,6 +160,27 @@ def group_refusals(num_inputs: int, num_groups: int) -> list[str]:
     return [f"{num_groups} groups of {num_inputs} inputs are not of one of {GROUP_SIZES}"] * (not fits)
 
 
+def _cuda_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> list[str]:
+    reasons = native.cuda_refusals(x) + group_refusals(x.shape[-1], scales.shape[1])
+    if (rows := num_rows(x)) > MAX_ROWS:
+        reasons.append(f"it takes up to {MAX_ROWS} rows, and these are {rows}")
+    if x.shape[-1] % (128 // bits):
+        reasons.append(f"{x.shape[-1]} inputs of {bits} bits are no multiple of 16 bytes")
+    return reasons
+
+
+def _cuda_worthwhile(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> bool:
+    return not needs_gradient(x, bias)
+
+
+def _cuda_forward(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], values.shape[0])
+    given = (native.aligned(x), native.aligned(values), scales.contiguous(), bias, y)
+    sizes = (num_rows(x), values.shape[0], x.shape[-1], scales.shape[1], bits)
+    native.run_cuda("quantized_linear_forward", x, *given, *sizes)
+    return y
+
+
 def _triton_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> list[str]:
     return launch.dot_refusals(x) + group_refusals(x.shape[-1], scales.shape[1])
 
@@ -191,6 +212,8 @@ def _cpp_dequantize(values: Tensor, scales: Tensor, bits: int, num_inputs: int, 
 
 # In order of preference.
 KERNELS = {
+    # Few rows; their gradient is torch's.
+    "cuda": Kernel(_cuda_forward, _torch_backward, _cuda_refusals, _cuda_worthwhile),
     "triton": Kernel(
         native.triton("quantized_linear", "forward"),
         native.triton("quantized_linear", "backward"),
