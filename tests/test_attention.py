@@ -15,7 +15,7 @@ from operators import (
 )
 
 from vlcore import native, ops
-from vlcore.ops.attention import KERNELS, Attention, attention_forward, attention_reference
+from vlcore.ops.attention import KERNELS, Attention, attention_forward, attention_reference, triton_bounds
 from vlcore.ops.dispatch import choose
 
 BACKENDS = [*KERNELS, "torch"]
@@ -100,6 +100,14 @@ def test_packed_sequences_match_the_reference(backend, offsets, causal):
     given, cu_seqlens = inputs(batch=1, queries=9, keys=9), bounds(*offsets)
     skip_if_refused(KERNELS, backend, *given, causal, cu_seqlens, 0.5)
     assert_matches(through_op(backend, causal, cu_seqlens), reference(causal, cu_seqlens), *given)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_several_sequences(causal):
+    """Blocks that begin in one sequence and end in another, behind an empty one."""
+    given, cu_seqlens = inputs(batch=1, queries=101, keys=101, heads=2, key_heads=1, dim=18), bounds(0, 1, 1, 50, 101)
+    skip_if_refused(KERNELS, "triton", *given, causal, cu_seqlens, 0.5)
+    assert_matches(through_op("triton", causal, cu_seqlens), reference(causal, cu_seqlens), *given)
 
 
 def test_reference_is_torch_attention():
@@ -192,7 +200,7 @@ Q, K = torch.zeros(2, 7, 4, 8), torch.zeros(2, 7, 2, 8)
         ({"k": K[:, :5], "v": K[:, :5]}, ": 7 queries stand at the end of 5 keys"),
         ({"cu_seqlens": bounds(0, 7)}, r": cu_seqlens packs sequences .* into B = 1; q is \(2, 7, 4, 8\)"),
         ({"cu_seqlens": bounds(0, 7).long()}, r": cu_seqlens is \(2,\) torch.int64; it needs to be"),
-        ({"backend": "triton"}, r" has no backend 'triton'; it has \['cpp', 'torch'\]"),
+        ({"backend": "mps"}, r" has no backend 'mps'; it has \['triton', 'cpp', 'torch'\]"),
     ],
 )
 def test_refuses_what_does_not_fit(changed, message):
@@ -219,3 +227,10 @@ def test_small_calls_are_left_to_torch():
 def test_says_why_a_backend_cannot_run():
     with pytest.raises(ValueError, match="attention cannot run on 'cpp' .* float32 and bfloat16 only"):
         ops.attention(Q.half(), K.half(), K.half(), backend="cpp")
+    with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 257 is not in 1\.\.256"):
+        ops.attention(*(torch.zeros(1, 1, 1, 257) for _ in range(3)), backend="triton")
+
+
+def test_bounds_that_are_not_looked_at_hold_a_sequence_at_least():
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens \(1,\) hold no sequence for 7 tokens"):
+        triton_bounds("attention", bounds(0).to("meta"), Q)

@@ -1,6 +1,13 @@
+import sys
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import assert_as_accurate
+from conftest import DEVICE
 from operators import (
     DTYPES,
     assert_compiles,
@@ -93,6 +100,14 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
             assert_matches(through_op("cpp", causal, cu_seqlens), reference(causal, cu_seqlens), *given)
 
 
+def test_blocks_of_several_sequences():
+    """Blocks that begin in one sequence and end in another, of heads whose halves are no powers of two."""
+    given = inputs(batch=1, queries=101, keys=101, heads=2, key_heads=1, dim=34)
+    cu_seqlens = bounds(0, 1, 1, 50, 101)
+    skip_if_refused(KERNELS, "triton", *given, 1e4, True, cu_seqlens, 0.5)
+    assert_matches(through_op("triton", True, cu_seqlens), reference(True, cu_seqlens), *given)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offsets", PACKINGS)
 def test_packed_sequences_are_each_by_itself(offsets, causal):
@@ -165,6 +180,14 @@ def test_apply_rope_at_every_level_of_instructions(monkeypatch, level, dtype):
     skip_if_refused(APPLY_ROPE_KERNELS, "cpp", x, positions, 1e4)
     monkeypatch.setattr(native, "level", level)
     turn = lambda x: ops.apply_rope(x, positions, backend="cpp")  # noqa: E731
+    assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_turns_by_any_position(dtype):
+    x, positions = random(1, 800, 2, 34, dtype=dtype), torch.arange(-400, 400, device=DEVICE).mul(41)[None].int()
+    skip_if_refused(APPLY_ROPE_KERNELS, "triton", x, positions, 1e4)
+    turn = lambda x: ops.apply_rope(x, positions, backend="triton")  # noqa: E731
     assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
 
 
@@ -315,6 +338,8 @@ def test_apply_rope_refuses_what_does_not_fit():
         ops.apply_rope(Q, POSITIONS[:, 1:])
     with pytest.raises(ValueError, match="apply_rope cannot run on 'cpp' .* float32 and bfloat16 only"):
         ops.apply_rope(Q.half(), POSITIONS, backend="cpp")
+    with pytest.raises(ValueError, match="apply_rope cannot run on 'triton' .* too coarse for float64"):
+        ops.apply_rope(Q.double(), POSITIONS, backend="triton")
 
 
 def test_says_why_a_backend_cannot_run():
@@ -322,3 +347,74 @@ def test_says_why_a_backend_cannot_run():
         ops.rope_attention(Q.half(), K.half(), K.half(), POSITIONS, backend="cpp")
     with pytest.raises(ValueError, match="cannot run on 'cpp' .* it reads cu_seqlens on the CPU only"):
         ops.rope_attention(Q[:1], K[:1], K[:1], POSITIONS[:1], cu_seqlens=bounds(0, 7).to("meta"), backend="cpp")
+    with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 258 is not in 1\.\.256"):
+        ops.rope_attention(*(torch.zeros(1, 1, 1, 258) for _ in range(3)), POSITIONS[:1, :1], backend="triton")
+
+
+def test_says_why_xformers_cannot_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    empty = Q[:0].double(), K[:0].double(), K[:0].double(), POSITIONS[:0]
+    reasons = (
+        "is not installed; xformers attends on a GPU only; xformers computes in no float64; xformers takes no empty"
+    )
+    with pytest.raises(ValueError, match=f"rope_attention cannot run on 'xformers' .*: xformers {reasons} tensors"):
+        ops.rope_attention(*empty, backend="xformers")
+
+
+class Bias:
+    """What xformers' biases hide, as the dense mask of what they show."""
+
+    def __init__(self, shown):
+        self.shown = shown
+
+
+class BlockDiagonal(Bias):
+    @classmethod
+    def from_seqlens(cls, lengths):
+        assert all(lengths)
+        blocks = torch.block_diag(*(torch.ones(length, length) for length in lengths)).bool()
+        return cls(lambda queries, keys: blocks)
+
+    def make_causal(self):
+        return Bias(lambda queries, keys: self.shown(queries, keys).tril())
+
+
+def corner(bottom_right):
+    return lambda: Bias(lambda i, j: torch.ones(i, j, dtype=torch.bool).tril(j - i if bottom_right else 0))
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """A package by that name whose attention is torch's; the kernel that asks for it runs on a CPU."""
+
+    def attention(query, key, value, attn_bias=None, scale=None):
+        assert query.shape[2:] == key.shape[2:] == value.shape[2:]
+        # Heads may be groups of heads, (B, T, groups, heads, D).
+        heads = [x.flatten(2, -2).transpose(1, 2) for x in (query, key, value)]
+        mask = attn_bias and attn_bias.shown(query.shape[1], key.shape[1])
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)
+        return out.transpose(1, 2).reshape(query.shape)
+
+    biases = SimpleNamespace(
+        BlockDiagonalMask=BlockDiagonal,
+        LowerTriangularMask=corner(bottom_right=False),
+        LowerTriangularFromBottomRightMask=corner(bottom_right=True),
+    )
+    package, package_ops = ModuleType("xformers"), ModuleType("xformers.ops")
+    package.__spec__ = ModuleSpec("xformers", None)
+    package_ops.fmha = SimpleNamespace(memory_efficient_attention=attention, attn_bias=biases)
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", package_ops)
+    monkeypatch.setitem(KERNELS, "xformers", replace(KERNELS["xformers"], refusals=lambda *arguments: []))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "offsets"),
+    [({}, None), ({"key_heads": 4}, None), ({"queries": 3}, None), ({"batch": 1}, (0, 0, 3, 7))],
+)
+def test_xformers_is_given_what_it_needs(xformers, sizes, offsets, causal):
+    given, cu_seqlens = inputs(**sizes), None if offsets is None else bounds(*offsets)
+    assert_matches(through_op("xformers", causal, cu_seqlens), reference(causal, cu_seqlens), *given)
+    (out, lse) = assert_well_formed("rope_attention_forward", *given, cu_seqlens, 1e4, causal, 0.5, "xformers")
+    assert out.is_contiguous() and not lse.numel()

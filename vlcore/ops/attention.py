@@ -5,8 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+
+# The widest head that a program of Triton's holds.
+MAX_HEAD_DIM = 256
 
 
 def attention_reference(
@@ -98,7 +102,7 @@ def attention(
         cu_seqlens: (num_sequences + 1,) int32, from 0 to Tk: packs several sequences into B = 1, Tq = Tk, and
             attention never crosses them. Its values are checked where they are on the CPU.
         scale: of the scores; D^-1/2 unless given.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (B, Tq, Hq, D), of q's dtype. The softmax is computed in float32.
@@ -201,8 +205,38 @@ def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
     return q.numel() * k.shape[1] >= least
 
 
+def triton_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
+    fits = 1 <= q.shape[3] <= MAX_HEAD_DIM
+    return launch.dot_refusals(q) + [f"a head of {q.shape[3]} is not in 1..{MAX_HEAD_DIM}"] * (not fits)
+
+
+def triton_bounds(operator: str, cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
+    """cu_seqlens where Triton reads them; a GPU's own values are not looked at, which would make it wait."""
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.device.type == "cpu":
+        sequence_lengths(operator, cu_seqlens, q.shape[1])
+    elif cu_seqlens.shape[0] < 2 and q.shape[1]:
+        raise ValueError(f"{operator}: cu_seqlens {tuple(cu_seqlens.shape)} hold no sequence for {q.shape[1]} tokens.")
+    return cu_seqlens.to(q.device).contiguous()
+
+
+_launch_forward, _launch_backward = (native.triton("attention", name) for name in ("forward", "backward"))
+
+
+def _triton_forward(q, k, v, cu_seqlens, causal, scale) -> tuple[Tensor, Tensor]:
+    return _launch_forward(q, k, v, triton_bounds("attention", cu_seqlens, q), causal, scale)
+
+
+def _triton_backward(grad_out, q, k, v, cu_seqlens, out, lse, causal, scale) -> tuple[Tensor, ...]:
+    return _launch_backward(grad_out, q, k, v, triton_bounds("attention", cu_seqlens, q), out, lse, causal, scale)
+
+
 # In order of preference.
-KERNELS = {"cpp": Kernel(cpp_forward, cpp_backward, cpp_refusals, _cpp_worthwhile)}
+KERNELS = {
+    "triton": Kernel(_triton_forward, _triton_backward, triton_refusals, launch.worthwhile),
+    "cpp": Kernel(cpp_forward, cpp_backward, cpp_refusals, _cpp_worthwhile),
+}
 
 
 def _torch_forward(q, k, v, cu_seqlens, causal, scale):

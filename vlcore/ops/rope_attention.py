@@ -1,11 +1,13 @@
 """Rotary positions and softmax attention: softmax(rope(q) rope(k)^T * scale) v, causal, grouped, packed."""
 
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.attention import (
     attention_reference,
@@ -16,6 +18,9 @@ from vlcore.ops.attention import (
     fake_backward,
     fake_forward,
     may_split,
+    sequence_lengths,
+    triton_bounds,
+    triton_refusals,
 )
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
 
@@ -45,7 +50,7 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 1e4, *, backend: str
         x: (B, T, H, D), floating, D even.
         positions: (B, T), int32 or int64.
         theta: base of the wavelengths.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (B, T, H, D), of x's dtype; computed in float32 (float64 for float64).
@@ -86,11 +91,17 @@ def _cpp_apply_rope(x: Tensor, positions: Tensor, theta: float, backwards: bool 
 
 # In order of preference.
 APPLY_ROPE_KERNELS = {
+    "triton": Kernel(
+        native.triton("rotary", "forward"),
+        native.triton("rotary", "backward"),
+        lambda x, positions, theta: launch.refusals(x),
+        launch.worthwhile,
+    ),
     "cpp": Kernel(
         _cpp_apply_rope,
         partial(_cpp_apply_rope, backwards=True),
         lambda x, positions, theta: native.cpp_refusals(x),
-    )
+    ),
 }
 
 apply_rope_forward = define(
@@ -148,7 +159,7 @@ def rope_attention(
         cu_seqlens: (num_sequences + 1,) int32, from 0 to Tk: packs several sequences into B = 1, Tq = Tk, and
             attention never crosses them. Its values are checked where they are on the CPU.
         scale: of the scores; D^-1/2 unless given.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton", "cpp", or "xformers", a package that "auto" does not look for.
 
     Returns:
         (B, Tq, Hq, D), of q's dtype. The rotation and the softmax are computed in float32.
@@ -205,8 +216,74 @@ def _cpp_backward(grad_out, q, k, v, positions, cu_seqlens, out, lse, theta, cau
     return cpp_backward(*given, positions, theta, "rope_attention")
 
 
-# In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
+def _triton_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> list[str]:
+    return triton_refusals(q, k, v, causal, cu_seqlens, scale)
+
+
+_launch_forward, _launch_backward = (native.triton("rope_attention", name) for name in ("forward", "backward"))
+
+
+def _triton_forward(q, k, v, positions, cu_seqlens, *numbers) -> tuple[Tensor, Tensor]:
+    return _launch_forward(q, k, v, positions, triton_bounds("rope_attention", cu_seqlens, q), *numbers)
+
+
+def _triton_backward(grad_out, q, k, v, positions, cu_seqlens, out, lse, *numbers) -> tuple[Tensor, ...]:
+    bounds = triton_bounds("rope_attention", cu_seqlens, q)
+    return _launch_backward(grad_out, q, k, v, positions, bounds, out, lse, *numbers)
+
+
+def _attend_with_xformers(q, k, v, positions, cu_seqlens, theta, causal, scale) -> Tensor:
+    """Rotated by the kernel that is best at it, and attended to by memory_efficient_attention."""
+    from xformers.ops import fmha
+
+    (batch, num_queries, heads, head_dim), (num_keys, kv_heads) = q.shape, k.shape[1:3]
+    q = apply_rope(q, positions[:, num_keys - num_queries :], theta)
+    k = apply_rope(k, positions, theta)
+    bias = None
+    if cu_seqlens is not None:
+        lengths = sequence_lengths("rope_attention", cu_seqlens, num_queries)
+        bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens([length for length in lengths if length])
+        bias = bias.make_causal() if causal else bias
+    elif causal and num_queries == num_keys:
+        bias = fmha.attn_bias.LowerTriangularMask()
+    elif causal:
+        bias = fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    if heads != kv_heads:
+        # Groups are a dimension of their own, along which keys and values are the same.
+        q = q.unflatten(2, (kv_heads, -1))
+        k, v = (x[:, :, :, None].expand(-1, -1, -1, heads // kv_heads, -1) for x in (k, v))
+    out = fmha.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
+    return out.reshape(batch, num_queries, heads, head_dim)
+
+
+def _xformers_forward(q, *others) -> tuple[Tensor, Tensor]:
+    return _attend_with_xformers(q, *others).contiguous(), statistics(q, (), TORCH)
+
+
+def _xformers_backward(grad_out, q, k, v, positions, cu_seqlens, out, lse, *numbers) -> tuple[Tensor, ...]:
+    """By running the forward again: what xformers keeps for its own backward differs from kernel to kernel."""
+    return gradients(
+        lambda q, k, v: _attend_with_xformers(q, k, v, positions, cu_seqlens, *numbers), (q, k, v), grad_out
+    )
+
+
+def _xformers_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> list[str]:
+    reasons = {
+        "xformers is not installed": find_spec("xformers") is None,
+        "xformers attends on a GPU only": not q.is_cuda,
+        "xformers computes in no float64": q.dtype == torch.float64,
+        "xformers takes no empty tensors": not q.numel(),
+    }
+    return [reason for reason, applies in reasons.items() if applies]
+
+
+# In order of preference. Whether FlashAttention (torch's SDPA behind apply_rope, or xformers) does causal heads of 128
+# better on a GPU is not measured yet: where it does, `worthwhile` says so and "auto" takes it.
+KERNELS = {
+    "triton": Kernel(_triton_forward, _triton_backward, _triton_refusals, launch.worthwhile),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
+    "xformers": Kernel(_xformers_forward, _xformers_backward, _xformers_refusals, lambda *arguments: False),
+}
 
 
 def _torch_forward(q, k, v, positions, cu_seqlens, theta, causal, scale):
@@ -222,12 +299,17 @@ def _torch_backward(grad_out, q, k, v, positions, cu_seqlens, out, lse, theta, c
     )
 
 
+def _fake_forward(*arguments):
+    *given, backend = arguments
+    return fake_forward(*given, TORCH if backend == "xformers" else backend)
+
+
 rope_attention_forward = define(
     "rope_attention_forward(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? cu_seqlens, float theta,"
     " bool causal, float scale, str backend) -> (Tensor out, Tensor lse)",
     KERNELS,
     _torch_forward,
-    fake=fake_forward,
+    fake=_fake_forward,
 )
 rope_attention_backward = define(
     "rope_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? cu_seqlens,"

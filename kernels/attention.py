@@ -1,0 +1,108 @@
+"""Launchers of sequence attention, with rotary turns or without: scores are computed again in the backward."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch
+from .sequence_attention import forward_kernel
+from .sequence_attention_backward import keys_kernel, queries_kernel
+
+# From this many elements from token to token, offsets within a block would not fit in 32 bits.
+MAX_TOKEN_STRIDE = 1 << 24
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float,
+    turns: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q (B, Tq, Hq, D), k, v (B, Tk, Hkv, D) -> out (B, Tq, Hq, D), logs of the denominators (B, Hq, Tq) float32.
+
+    Args:
+        cu_seqlens: (num_sequences + 1,) int32, on q's device.
+        turns: (B, Tk, D) float32, cosines and sines of the keys' positions: k is rotated by them, and q is yet to be.
+    """
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    q, k, v = (_readable(x) for x in (q, k, v))
+    constants, factor = _constants(q, cu_seqlens, causal, scale, turns)
+    how = _settings("forward", q, constants)
+    forward_kernel[q.shape[0] * q.shape[2], triton.cdiv(q.shape[1], how["BLOCK_M"])](
+        q, k, v, turns, cu_seqlens, out, lse, *_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, **constants, **how
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    turns: Tensor | None = None,
+    q_turned: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> grad_q, grad_k, grad_v; `q_turned` is q rotated, where there are turns."""
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    delta, grad_out = torch.empty_like(lse), grad_out.contiguous()
+    q, k, v = (_readable(x) for x in (q, k, v))
+    constants, factor = _constants(q, cu_seqlens, causal, scale, turns)
+    if grad_q.numel():
+        how = _settings("queries", q, constants)
+        queries_kernel[q.shape[0] * q.shape[2], triton.cdiv(q.shape[1], how["BLOCK_M"])](
+            q, k, v, turns, cu_seqlens, out, grad_out, lse, delta, grad_q,
+            *_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, scale, **constants, **how,
+        )  # fmt: skip
+    if grad_k.numel():
+        q = q if q_turned is None else q_turned
+        how = _settings("keys", q, constants)
+        keys_kernel[k.shape[0] * k.shape[2], triton.cdiv(k.shape[1], how["BLOCK_N"])](
+            q, k, v, turns, cu_seqlens, grad_out, lse, delta, grad_k, grad_v,
+            *_sizes(q, k, v, cu_seqlens, k.shape[2]), factor, scale, **constants, **how,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 and x.stride(1) < MAX_TOKEN_STRIDE else x.contiguous()
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, heads: int) -> tuple[int, ...]:
+    num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    return *strides, q.shape[1], k.shape[1], num_sequences, heads, q.shape[2] // k.shape[2]
+
+
+def _constants(
+    q: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, turns: Tensor | None
+) -> tuple[dict, float]:
+    """What a kernel is compiled for, and the factor of the scores: the scale in float32. Elsewhere it is positive, as
+    maxima are sought before it, with log2(e) for exp2, and SIGN is that of the scale."""
+    wide = q.dtype == torch.float32
+    constants = {
+        "HEAD_DIM": q.shape[3],
+        "BLOCK_D": max(triton.next_power_of_2(q.shape[3]), 16),
+        "CAUSAL": causal,
+        "PACKED": cu_seqlens is not None,
+        "ROTARY": turns is not None,
+        "SIGN": 1 if wide else (scale > 0) - (scale < 0),
+        "PRECISION": "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }
+    return constants, scale if wide else abs(scale) * math.log2(math.e) or 1.0
+
+
+def _settings(kernel: str, q: Tensor, constants: dict) -> dict[str, int]:
+    sizes = {"bits": 8 * q.element_size(), "head_dim": constants["BLOCK_D"], "packed": int(constants["PACKED"])}
+    return launch.settings("attention", kernel, q.device, **sizes)
