@@ -82,11 +82,12 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_caches_keep_their_accuracy(dtype):
-    given = inputs(lengths=(4096,), size=4097, heads=2, key_heads=1, dim=32, dtype=dtype)
-    skip_if_refused(KERNELS, "cpp", *given, 1e4, 0.5)
+@pytest.mark.parametrize(("backend", "length"), [("cpp", 4096), ("triton", 1060)])
+def test_long_caches_keep_their_accuracy(backend, length, dtype):
+    given = inputs(lengths=(length,), size=length + 9, heads=2, key_heads=1, dim=32, dtype=dtype)
+    skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)
     low, exact = copies(given), copies(given, torch.float64)
-    out = ops.decode_attention(*given, backend="cpp")
+    out = ops.decode_attention(*given, backend=backend)
     assert_as_accurate(out, decode_attention_reference(*low), decode_attention_reference(*exact))
 
 
@@ -195,6 +196,15 @@ def test_refuses_what_does_not_fit(changed, value, message):
     given[changed] = value
     with pytest.raises(ValueError, match=f"decode_attention: {message}"):
         ops.decode_attention(*given)
+
+
+def test_says_why_triton_cannot_run():
+    given = list(inputs())
+    given[3] = torch.zeros(3, 7, 2, 16)[..., ::2]
+    with pytest.raises(ValueError, match="cannot run on 'triton' .* it needs caches whose heads are contiguous"):
+        ops.decode_attention(*given, backend="triton")
+    with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 258 is not in 1\.\.256"):
+        ops.decode_attention(*inputs(dim=258), backend="triton")
 
 
 def test_refuses_odd_heads():

@@ -109,11 +109,9 @@ def stems(pattern: str) -> set[str]:
     return {path.stem for path in ROOT.glob(pattern)}
 
 
-# What kernels of several operators share.
-SHARED = {"launch", "rotary", "sequence_attention", "sequence_attention_backward"}
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
 # Device code, and what launches it, that several operators share.
-SHARED = {"launch", "matrix_product", "norm_rows"}
+SHARED = {"launch", "matrix_product", "norm_rows", "rotary", "sequence_attention", "sequence_attention_backward"}
 
 
 @pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "bench/bench_*.py"])

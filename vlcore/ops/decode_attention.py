@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
+from vlcore.ops.attention import MAX_HEAD_DIM
 from vlcore.ops.dispatch import AUTO, Kernel, choose, define
 from vlcore.ops.rope_attention import rope_tables, rotate
 
@@ -70,7 +72,7 @@ def decode_attention(
             position. Their values are checked where they are on the CPU.
         theta: base of the rotary wavelengths.
         scale: of the scores; D^-1/2 unless given.
-        backend: "auto", "torch", "cuda" or "cpp".
+        backend: "auto", "torch", "cuda", "triton" or "cpp".
 
     Returns:
         (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row.
@@ -145,9 +147,18 @@ def _cuda_forward(q, k, v, key_cache, value_cache, lengths, theta, scale) -> Ten
     return out
 
 
+def _triton_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> list[str]:
+    reasons = {
+        f"a head of {q.shape[3]} is not in 1..{MAX_HEAD_DIM}": not 1 <= q.shape[3] <= MAX_HEAD_DIM,
+        "it needs caches whose heads are contiguous": (key_cache.stride(3), value_cache.stride(3)) != (1, 1),
+    }
+    return launch.dot_refusals(q) + [reason for reason, applies in reasons.items() if applies]
+
+
 # In order of preference; without backwards.
 KERNELS = {
     "cuda": Kernel(_cuda_forward, None, _cuda_refusals),
+    "triton": Kernel(native.triton("decode_attention", "forward"), None, _triton_refusals, launch.worthwhile),
     "cpp": Kernel(_cpp_forward, None, _cpp_refusals),
 }
 
