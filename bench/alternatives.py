@@ -5,6 +5,7 @@ Nothing of it is needed: a bench takes what is installed, where it runs. They ta
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,6 +36,12 @@ class Alternative:
 
     def is_to_be_had(self, device: str) -> bool:
         return device in self.devices and find_spec(self.package) is not None
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for the shapes at hand, when first called: preparing it takes seconds."""
+    make = cache(partial(torch.compile, function, dynamic=False))
+    return lambda *inputs: make()(*inputs)
 
 
 def rel_pos_biases(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> tuple[Tensor, Tensor]:

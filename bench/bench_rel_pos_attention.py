@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import ops
-from vlcore.bench.alternatives import Alternative, flex_rel_pos, sdpa_with_bias
+from vlcore.bench.alternatives import Alternative, compiled, flex_rel_pos, sdpa_with_bias
 from vlcore.bench.harness import Case, Inputs, Maker
 
 SIDE, HEADS, DIM = 64, 12, 64
@@ -42,7 +42,7 @@ CASES = [
         function=_attend,
         peers={
             "SDPA, dense bias": sdpa_with_bias,
-            "FlexAttention": Alternative(torch.compile(flex_rel_pos, dynamic=False)),
+            "FlexAttention": Alternative(compiled(flex_rel_pos)),
             **({} if trains else {"SDPA, dense bias at hand": _DenseBias()}),
         },
         flops=FLOPS * (3.5 if trains else 1),

@@ -11,6 +11,7 @@ from vlcore import ops
 from vlcore.bench.alternatives import (
     Alternative,
     FlexPacked,
+    compiled,
     flex_masked,
     llama_attention,
     varlen_packed,
@@ -68,7 +69,7 @@ def _packed(lengths: tuple[int, ...], trains: bool) -> Case:
         function=_attend_packed,
         peers={
             "rotate, varlen_attn": Alternative(varlen_packed),
-            "rotate, FlexAttention": Alternative(FlexPacked(torch.compile(flex_masked, dynamic=False))),
+            "rotate, FlexAttention": Alternative(FlexPacked(compiled(flex_masked))),
             "rotate, xformers": Alternative(xformers_packed, "xformers"),
         },
         flops=2 * HEADS * sum(length * (length + 1) for length in lengths) * DIM * (3.5 if trains else 1),
