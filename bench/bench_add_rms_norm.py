@@ -19,6 +19,7 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
         inputs=lambda make: (make(rows, size), make(rows, size), make(size)),
         peers={"+, F.rms_norm": _in_two, "Liger": liger("liger_fused_add_rms_norm", EPS)},
         elements=(8 if trains else 4) * rows * size,
+        flops=(13 if trains else 5) * rows * size,
         trains=trains,
     )
 

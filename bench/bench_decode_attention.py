@@ -19,6 +19,7 @@ def _case(length: int) -> Case:
         shape=f"{HEADS} heads of {DIM}, {length} keys",
         inputs=inputs,
         elements=2 * length * HEADS * DIM,
+        flops=4 * length * HEADS * DIM,
     )
 
 

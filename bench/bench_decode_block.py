@@ -42,6 +42,7 @@ def _case(bits: int) -> Case:
         peers={"operator by operator": partial(decode_block_reference, backend="auto")},
         elements=CACHE + (0 if bits else WEIGHTS),
         bytes=WEIGHTS * bits / 8,
+        flops=2 * (WEIGHTS + CACHE),
     )
 
 

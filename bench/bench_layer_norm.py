@@ -16,6 +16,7 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
             "Liger": liger("liger_layer_norm", EPS),
         },
         elements=(5 if trains else 2) * rows * size,
+        flops=(18 if trains else 7) * rows * size,
         trains=trains,
     )
 

@@ -19,7 +19,7 @@ def _case(outputs: int, inputs: int) -> Case:
         x = make(1, inputs)
         return [(x, make(outputs, inputs)) for _ in range(turns(size * make.dtype.itemsize))]
 
-    return Case(operator="linear", shape=f"1 × {inputs} → {outputs}", inputs=make_inputs, elements=size)
+    return Case(operator="linear", shape=f"1 × {inputs} → {outputs}", inputs=make_inputs, elements=size, flops=2 * size)
 
 
 CASES = [_case(outputs, inputs) for outputs, inputs in LAYERS]

@@ -31,6 +31,7 @@ def _case(outputs: int, inputs: int, bits: int, group_size: int | None) -> Case:
         function=multiply,
         peers={"F.linear, not quantised": lambda x, quantized, weight: F.linear(x, weight)},
         bytes=bytes_each,
+        flops=2 * size,
     )
 
 

@@ -17,6 +17,7 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
             "Liger": liger("liger_rms_norm", EPS),
         },
         elements=(5 if trains else 2) * rows * size,
+        flops=(12 if trains else 4) * rows * size,
         trains=trains,
     )
 

@@ -13,6 +13,7 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
         inputs=lambda make: (make(rows, size), make(rows, size)),
         peers={"F.silu, *": lambda gate, up: F.silu(gate) * up, "Liger": liger("liger_swiglu")},
         elements=(8 if trains else 3) * rows * size,
+        flops=(16 if trains else 5) * rows * size,
         trains=trains,
     )
 

@@ -14,6 +14,7 @@ import torch
 from vlcore.bench import harness, models
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import operators
+from vlcore.bench.plot import draw
 from vlcore.bench.report import Results, line, read
 from vlcore.bench.timing import machine, roofline
 
@@ -46,6 +47,7 @@ def run(
     overhead: bool = False,
     compiled: bool = True,
     json_file: Path | None = None,
+    plot_file: Path | None = None,
 ) -> None:
     """Measure and print, a line each; write to `json_file` as results come.
 
@@ -57,9 +59,11 @@ def run(
         overhead: whether what calls of operators cost the host is measured.
         compiled: whether torch.compile is one of the peers, which takes minutes.
         json_file: where results are added; it holds one machine's only.
+        plot_file: where a picture of them is drawn, of all that json_file holds if it is given.
 
     Raises:
-        ValueError: an operator without a bench, a device that is not there, or a file of another machine.
+        ValueError: an operator without a bench, a device that is not there, a file of another machine, or a plot
+            without matplotlib.
         AssertionError: results are not as accurate as torch's, or were none. They are not timed; all the others are.
     """
     for name in names:
@@ -71,6 +75,8 @@ def run(
     kept = read(json_file) if json_file and json_file.exists() else Results(here)
     if kept.machine != here:
         raise ValueError(f"{json_file} holds what was measured on {kept.machine!r}; this is {here!r}.")
+    if plot_file and find_spec("matplotlib") is None:
+        raise ValueError("A plot needs matplotlib: pip install 'vlcore[plot]'.")
     print(here, flush=True)
     chosen = names or ([] if parts or overhead else benched())
     failed: list[str] = []
@@ -88,6 +94,8 @@ def run(
             kept.add(found)
             if json_file:
                 kept.write(json_file)
+    if plot_file:
+        draw(kept, plot_file)
     if failed:
         raise AssertionError(f"Not timed: {'; '.join(failed)}.")
 

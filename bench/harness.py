@@ -52,7 +52,7 @@ class Case:
         function: called with the inputs and backend=; the operator itself, unless it has other arguments to be given.
         peers: what a user would run instead, by name: called with the inputs. torch.compile of the reference is not
             among them; every case has it.
-        flops: floating point operations of one call.
+        flops: floating point operations of one call; where memory bounds it, roughly.
         elements, bytes: what one call cannot but read and write, where memory bounds it: in elements of the dtype, and
             in bytes beside them.
         trains: forward and backward are timed, and the gradients compared too.
@@ -90,6 +90,8 @@ class Measurement:
         ours: which of the names in `seconds` is ours; of several backends the fastest.
         seconds: of each backend and peer, the median.
         quartiles: below and above each median.
+        bytes: that one call cannot but move, where memory bounds it.
+        traffic: bytes of all that a call takes and gives.
         memory: bytes that each needs while it runs, where that was measured.
         failed: what a peer raised that is not timed for it.
         limit: what the machine could do at best, shortly before.
@@ -104,6 +106,7 @@ class Measurement:
     quartiles: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     flops: float = 0
     bytes: float = 0
+    traffic: float = 0
     memory: Mapping[str, int | None] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     limit: Roofline = Roofline(math.inf, math.inf)
@@ -161,7 +164,7 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
         AssertionError: a backend is not as accurate as torch; nothing is timed then.
     """
     turns, backends = _turns(case, make), case.backends(make.device)
-    check(case, turns[0], backends)
+    outputs = check(case, turns[0], backends)
     functions = {name: _timed(case, case.on(name), turns) for name in backends}
     failed = {}
     for name, contender in contenders(case, make.device, compiled).items():
@@ -174,6 +177,7 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
             functions[name] = function
     times = computed(functions) if make.device == "cuda" else waited(functions, make.device)
     seconds, quartiles = split(times)
+    bound = case.elements * make.dtype.itemsize + case.bytes
     return Measurement(
         operator=case.operator,
         shape=case.shape,
@@ -183,7 +187,8 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
         seconds=seconds,
         quartiles=quartiles,
         flops=case.flops,
-        bytes=case.elements * make.dtype.itemsize + case.bytes,
+        bytes=bound,
+        traffic=bound or sum(x.nbytes for x in (*turns[0], *outputs) if isinstance(x, Tensor)),
         failed=failed,
     )
 
@@ -212,8 +217,8 @@ def _turns(case: Case, make: Maker) -> Sequence[tuple]:
     return [inputs] if isinstance(inputs, tuple) else inputs
 
 
-def check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:
-    """Hold what backends give for a case against float64.
+def check(case: Case, inputs: tuple, backends: Sequence[str]) -> tuple[Tensor, ...]:
+    """Hold what backends give for a case against float64; returns what the reference gives.
 
     Raises:
         AssertionError: one is not as accurate as torch.
@@ -223,6 +228,7 @@ def check(case: Case, inputs: tuple, backends: Sequence[str]) -> None:
     for backend in backends:
         for got, same_dtype, truth in zip(values(case, case.on(backend), inputs), baseline, exact, strict=True):
             assert_as_accurate(got, same_dtype, truth)
+    return baseline
 
 
 def _timed(case: Case, function: Callable[..., object], turns: Sequence[tuple]) -> Callable[[], object]:

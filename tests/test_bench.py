@@ -4,7 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from vlcore import cli, ops
 from vlcore.bench import command, decoding, harness, models, timing, training
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import EAGER, OURS, SDPA, operators, public_twin, torch_backend
+from vlcore.bench.plot import draw
 from vlcore.bench.report import TABLES, Results, line, read, with_tables
 from vlcore.bench.timing import Roofline
 from vlcore.config import preset
@@ -128,9 +129,9 @@ def test_a_file_that_is_not_ours_is_named(tmp_path, text):
 
 
 def test_the_command_adds_to_its_file_and_knows_its_machine(tmp_path, capsys):
-    file = tmp_path / "results.json"
-    arguments = ["bench", "swiglu", "--dtype", "float32", "--no-compile", "--json", str(file)]
-    assert cli.main(arguments) == 0
+    file, plot = tmp_path / "results.json", tmp_path / "plot.png"
+    arguments = ["bench", "swiglu", "--dtype", "float32", "--no-compile", "--json", str(file), "--plot", str(plot)]
+    assert cli.main(arguments) == 0 and plot.exists()
     assert "F.silu" in capsys.readouterr().out
     measured = read(file)
     assert {found.operator for found in measured.measurements} == {"swiglu"}
@@ -228,44 +229,71 @@ def test_working_memory_counts_what_a_function_holds():
         assert small < 20 * 2**20 < 90 * 2**20 < large < 110 * 2**20
 
 
-class HostEvent:
-    """torch.cuda.Event, where the host does the work."""
+class Clock:
+    """Time that passes where somebody works."""
 
-    def __init__(self, enable_timing):
-        assert enable_timing
+    now = 0.0
 
-    def record(self):
-        self.time = time.perf_counter()
+    def perf_counter(self):
+        return self.now
 
-    def elapsed_time(self, end):
-        return 1e3 * (end.time - self.time)
+    def working(self, seconds):
+        def work():
+            self.now += seconds
 
-    def synchronize(self):
-        pass
+        return work
 
 
 def test_a_gpu_is_kept_busy_until_the_host_has_queued_all_and_is_timed_by_events(monkeypatch):
+    clock, flushes = Clock(), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = clock.now
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
+        def synchronize(self):
+            pass
+
     class Flushed:
-        flushes = 0
-
         def sum(self):
-            self.flushes += 1
-            time.sleep(1e-3)
+            clock.working(1e-3)()
+            flushes.append(1)
 
-    flushed = Flushed()
-    monkeypatch.setattr(torch, "ones", lambda size, device: flushed)
-    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(torch, "ones", lambda size, device: Flushed())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "GPU_SECONDS", 0.0)
-    found = timing.computed({"slow": lambda: time.sleep(2e-2), "fast": lambda: time.sleep(1e-3)})
-    assert 1e-3 < found["fast"].median < 2e-2 < found["slow"].low <= found["slow"].median <= found["slow"].high
+    found = timing.computed({"slow": clock.working(2e-2), "fast": clock.working(1e-3)})
+    assert found["slow"] == pytest.approx((2e-2, 2e-2, 2e-2)) and found["fast"] == pytest.approx((1e-3, 1e-3, 1e-3))
     # Three to be timed themselves, and before each of three turns at least half as much again as the host took.
-    assert flushed.flushes >= 3 + 3 * (20 + 2)
+    assert len(flushes) >= 3 + 3 * (30 + 1)
 
 
 def test_the_readme_shows_what_was_measured():
     text = (Path(__file__).parent.parent / "README.md").read_text()
     assert with_tables(text) == text
+
+
+def test_a_plot_shows_every_measurement(tmp_path, monkeypatch):
+    rated = dataclasses.replace(FOUND, flops=2e8, traffic=4e6, trains=True, seconds={**FOUND.seconds, "slow": 1.0})
+    draw(Results("here", [FOUND, rated, dataclasses.replace(rated, dtype="bfloat16")]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw(Results("here", [dataclasses.replace(FOUND, seconds={"cpp": 1.0})]), tmp_path / "b.png")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert cli.main(["bench", "swiglu", "--plot", str(tmp_path / "a.png")]) == 2
+    said = capsys.readouterr()
+    assert "pip install 'vlcore[plot]'" in said.err and not said.out
 
 
 MARKS = "".join(f"<!-- {device} {what} -->\n<!-- end -->\n" for device in ("cpu", "cuda") for what in TABLES)

@@ -109,6 +109,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overhead", action="store_true", help="what calls of operators cost the host")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the peers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline and ratios, such as bench.png")
     parser.set_defaults(run=_bench)
 
 
@@ -123,6 +124,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         overhead=arguments.overhead,
         compiled=not arguments.no_compile,
         json_file=arguments.json,
+        plot_file=arguments.plot,
     )
     return 0
 
