@@ -17,6 +17,24 @@ def _rms_norm(size: int) -> Case:
     )
 
 
+def _add_rms_norm(size: int) -> Case:
+    return Case(
+        operator="add_rms_norm",
+        shape=f"1024 × {size}",
+        inputs=lambda make: (make(1024, size), make(1024, size), make(size)),
+        trains=True,
+    )
+
+
+def _layer_norm(size: int) -> Case:
+    return Case(
+        operator="layer_norm",
+        shape=f"1024 × {size}",
+        inputs=lambda make: (make(1024, size), make(size), make(size)),
+        trains=True,
+    )
+
+
 def _hybrid_adaptor(images: int) -> Case:
     """Towers of 1024 to the 7B's 4096."""
 
@@ -37,8 +55,13 @@ def _quantized_linear(rows: int, bits: int, group_size: int | None) -> Case:
     return Case(operator="quantized_linear", shape=shape, inputs=inputs, trains=True)
 
 
+# A row of each entry of the norms' tables.
+_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
 MORE: Mapping[str, Sequence[Case]] = {
+    "add_rms_norm": [_add_rms_norm(size) for size in _ROWS],
     "hybrid_adaptor": [_hybrid_adaptor(images=4)],
+    "layer_norm": [_layer_norm(size) for size in _ROWS],
     "quantized_linear": [
         _quantized_linear(rows, bits, group_size) for rows in (1, 64, 640) for bits, group_size in ((8, None), (4, 64))
     ],
