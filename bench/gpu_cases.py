@@ -1,42 +1,97 @@
 """Inputs beside the benches' that reach the other entries of the launch tables: for bench/gpu_code.py, which computes
-nothing, and bench/tune.py."""
+nothing, and bench/tune.py. All are differentiated that can be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from vlcore import ops
 from vlcore.bench.command import cases
 from vlcore.bench.harness import Case, Inputs, Maker
 
-
-def _rms_norm(size: int) -> Case:
-    return Case(
-        operator="rms_norm",
-        shape=f"1024 × {size}",
-        inputs=lambda make: (make(1024, size), make(size)),
-        trains=True,
-    )
+# Each is of another block; the last is too long for one.
+ROWS = (128, 256, 512, 768, 4096, 8192, 16384, 32768)
 
 
-def _add_rms_norm(size: int) -> Case:
-    return Case(
-        operator="add_rms_norm",
-        shape=f"1024 × {size}",
-        inputs=lambda make: (make(1024, size), make(1024, size), make(size)),
-        trains=True,
-    )
+def _norm(operator: str, tensors: int, vectors: int) -> list[Case]:
+    """Rows of each length, `tensors` of them, with so many vectors of their length."""
+
+    def inputs(size: int) -> Callable[[Maker], Inputs]:
+        return lambda make: (*(make(1024, size) for _ in range(tensors)), *(make(size) for _ in range(vectors)))
+
+    return [Case(operator=operator, shape=f"1024 × {size}", inputs=inputs(size), trains=True) for size in ROWS]
 
 
-def _layer_norm(size: int) -> Case:
-    return Case(
-        operator="layer_norm",
-        shape=f"1024 × {size}",
-        inputs=lambda make: (make(1024, size), make(size), make(size)),
-        trains=True,
-    )
+def _attention(dim: int, *, packed: bool = False) -> Case:
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, backend: str) -> Tensor:
+        return ops.attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend)
+
+    def inputs(make: Maker) -> Inputs:
+        return *(make(1, 1024, 8, dim) for _ in range(3)), _two_sequences(make) if packed else None
+
+    shape = f"1024 tokens{' of two sequences' * packed}, 8 heads of {dim}"
+    return Case(operator="attention", shape=shape, inputs=inputs, function=attend, trains=True)
+
+
+def _rope_attention(dim: int, kv_heads: int = 8, *, packed: bool = False) -> Case:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cu_seqlens: Tensor | None, *, backend: str
+    ) -> Tensor:
+        return ops.rope_attention(q, k, v, positions, cu_seqlens=cu_seqlens, backend=backend)
+
+    def inputs(make: Maker) -> Inputs:
+        positions = torch.arange(1024, device=make.device)[None]
+        q, k, v = (make(1, 1024, heads, dim) for heads in (8, kv_heads, kv_heads))
+        return q, k, v, positions, _two_sequences(make) if packed else None
+
+    shape = f"1024 tokens{' of two sequences' * packed}, 8 heads of {dim}, {kv_heads} of keys"
+    return Case(operator="rope_attention", shape=shape, inputs=inputs, function=attend, trains=True)
+
+
+def _two_sequences(make: Maker) -> Tensor:
+    return torch.tensor([0, 300, 1024], dtype=torch.int32, device=make.device)
+
+
+def _decode_attention(keys: int, dim: int, kv_heads: int) -> Case:
+    def inputs(make: Maker) -> Inputs:
+        new = (make(2, 1, heads, dim) for heads in (16, kv_heads, kv_heads))
+        caches = (make(2, keys, kv_heads, dim) for _ in range(2))
+        return *new, *caches, torch.tensor([keys - 1, keys // 2], device=make.device)
+
+    shape = f"2 × 16 heads of {dim}, {kv_heads} of keys, {keys} keys"
+    return Case(operator="decode_attention", shape=shape, inputs=inputs)
+
+
+def _rel_pos_attention(side: int, dim: int) -> Case:
+    def attend(q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, *, backend: str) -> Tensor:
+        return ops.rel_pos_attention(q, k, v, rel_pos_h, rel_pos_w, (side, side), backend=backend)
+
+    def inputs(make: Maker) -> Inputs:
+        tables = (make(2 * side - 1, dim, scale=0.1) for _ in range(2))
+        return *(make(1, 4, side * side, dim) for _ in range(3)), *tables
+
+    shape = f"4 × {side * side} × {dim}"
+    return Case(operator="rel_pos_attention", shape=shape, inputs=inputs, function=attend, trains=True)
+
+
+def _window_attention(dim: int) -> Case:
+    def inputs(make: Maker) -> Inputs:
+        return make(1, 64, 64, 3, 4, dim), make(3, 4, dim), *(make(27, dim, scale=0.1) for _ in range(2))
+
+    return Case(operator="window_attention", shape=f"64 × 64, 4 heads of {dim}", inputs=inputs, trains=True)
+
+
+def _downsample_features(batch: int) -> Case:
+    def inputs(make: Maker) -> Inputs:
+        maps = (make(batch, 64, 64, 256).permute(0, 3, 1, 2) for _ in range(2))
+        return *maps, make(1), make(512, 256, 3, 3, scale=0.02), make(1024, 512, 3, 3, scale=0.02)
+
+    return Case(operator="downsample_features", shape=f"{batch} × 256 × 64 × 64", inputs=inputs, trains=True)
 
 
 def _hybrid_adaptor(images: int) -> Case:
-    """Towers of 1024 to the 7B's 4096."""
+    """Of the 7B."""
 
     def inputs(make: Maker) -> Inputs:
         maps = (make(images, 576, 1024) for _ in range(2))
@@ -55,17 +110,24 @@ def _quantized_linear(rows: int, bits: int, group_size: int | None) -> Case:
     return Case(operator="quantized_linear", shape=shape, inputs=inputs, trains=True)
 
 
-# A row of each entry of the norms' tables.
-_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-
 MORE: Mapping[str, Sequence[Case]] = {
-    "add_rms_norm": [_add_rms_norm(size) for size in _ROWS],
+    "add_rms_norm": _norm("add_rms_norm", tensors=2, vectors=1),
+    "attention": [_attention(64, packed=True), _attention(128), _attention(128, packed=True), _attention(256)],
+    "decode_attention": [
+        _decode_attention(8192, 128, kv_heads=16),
+        _decode_attention(1024, 128, kv_heads=4),
+        _decode_attention(1024, 256, kv_heads=16),
+    ],
+    "downsample_features": [_downsample_features(batch) for batch in (2, 4)],
     "hybrid_adaptor": [_hybrid_adaptor(images=4)],
-    "layer_norm": [_layer_norm(size) for size in _ROWS],
+    "layer_norm": _norm("layer_norm", tensors=1, vectors=2),
     "quantized_linear": [
         _quantized_linear(rows, bits, group_size) for rows in (1, 64, 640) for bits, group_size in ((8, None), (4, 64))
     ],
-    "rms_norm": [_rms_norm(size) for size in (768, 4096, 16384, 32768)],
+    "rel_pos_attention": [_rel_pos_attention(14, 64), _rel_pos_attention(64, 80)],
+    "rms_norm": _norm("rms_norm", tensors=1, vectors=1),
+    "rope_attention": [_rope_attention(64), _rope_attention(128, kv_heads=2, packed=True), _rope_attention(256)],
+    "window_attention": [_window_attention(80)],
 }
 
 

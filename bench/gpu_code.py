@@ -60,6 +60,18 @@ class Found:
         sources = dict(sorted((self.sources | other.sources).items()))
         return Found({name: files for name, files in sources.items() if files}, merged("triton"), merged("cuda"))
 
+    def missing(self) -> list[str]:
+        """In words, the entries of launch tables that nothing was launched with."""
+        reached = {(record["table"], record["entry"], record["architecture"]) for record in self.triton}
+        return [
+            f"No case in bench/gpu_cases.py launches {path.stem}'s {kernel} with entry {index} of {architecture}."
+            for path in sorted(ROOT.glob("kernels/*.json"))
+            for kernel, table in json.loads(path.read_text()).items()
+            for architecture, entries in table.items()
+            for index in range(len(entries))
+            if (f"{path.stem}.{kernel}", index, architecture) not in reached
+        ]
+
     def write(self, path: Path) -> None:
         """A line for each kernel, as a row of a table."""
         parts = [f'"sources": {json.dumps(self.sources, indent=1)}']
@@ -193,14 +205,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for record in [*found.triton, *found.cuda]:
         print(line(record))
+    if not (found.failures or arguments.architecture or arguments.dtype or arguments.usual_triton):
+        kept = read(FILE) if arguments.operators and FILE.exists() else Found()
+        found = kept.updated(found)
+        found.write(FILE)
+        # A table may be another operator's too: what is not reached shows when all are known.
+        if not arguments.operators:
+            found.failures += found.missing()
     for failure in found.failures:
         print(failure, file=sys.stderr)
-    if found.failures:
-        return 1
-    if not (arguments.architecture or arguments.dtype or arguments.usual_triton):
-        kept = read(FILE) if arguments.operators and FILE.exists() else Found()
-        kept.updated(found).write(FILE)
-    return 0
+    return 1 if found.failures else 0
 
 
 if __name__ == "__main__":

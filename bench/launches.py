@@ -71,12 +71,16 @@ def _forget() -> None:
 
 
 def _entry(asked: list[tuple[Entry, dict[str, int]]], kernel: str, options: dict) -> Entry | None:
-    """Of the entries that were asked for, the one that a launch with these options was made with: the last that agrees
-    with them, and rather one of a table that bears the kernel's name."""
-    agreeing = [
-        entry
+    """Of the entries that were asked for, the one that a launch with these options was made with: of a table that bears
+    the kernel's name if there is one, agreeing with the options in most, since a launcher may narrow a block, and of
+    several the last. Warps and stages are always as they were asked for."""
+
+    def disagreements(settings: dict[str, int]) -> set[str]:
+        return {name for name in settings.keys() & options.keys() if settings[name] != options[name]}
+
+    fitting = [
+        (entry.kernel not in kernel, len(disagreements(settings)), entry)
         for entry, settings in reversed(asked)
-        if settings.keys() & options.keys()
-        and all(options[name] == settings[name] for name in settings.keys() & options.keys())
+        if settings.keys() & options.keys() and not disagreements(settings) & {"num_warps", "num_stages"}
     ]
-    return next((entry for entry in agreeing if entry.kernel in kernel), agreeing[0] if agreeing else None)
+    return min(fitting, key=lambda found: found[:2])[2] if fitting else None

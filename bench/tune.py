@@ -27,14 +27,23 @@ from vlcore.kernels import launch
 
 # What a change has to be faster by, beyond what differs from run to run.
 GAIN = 0.03
-# The least and the most of a setting; those not named are halved and doubled from 1 on.
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 7)}
-BLOCK_LIMITS = (16, 8192)
+# The least and the most of the settings that are searched, besides blocks; what else a table holds is left as it is.
+LIMITS = {
+    "num_warps": (1, 16),
+    "num_stages": (1, 7),
+    "STAGES": (1, 7),
+    "PROGRAMS": (1, 4096),
+    "SPLITS": (1, 64),
+    "INTERPOLATE": (0, 1),
+}
+BLOCK_LIMITS = (1, 8192)
+# These go by one, all others are halved and doubled.
+BY_ONE = {"num_stages", "STAGES", "INTERPOLATE"}
 
 
 def neighbours(settings: Settings) -> list[Settings]:
     """What is one step away: warps and stages first, which compile alike."""
-    names = sorted((name for name in settings if settings[name] > 0), key=lambda name: (name.isupper(), name))
+    names = sorted(settings, key=lambda name: (name.isupper(), name))
     steps = {name: _steps(name, settings[name]) for name in names}
     single = [settings | {name: value} for name in names for value in steps[name].values()]
     both = [
@@ -47,8 +56,10 @@ def neighbours(settings: Settings) -> list[Settings]:
 
 
 def _steps(name: str, value: int) -> dict[str, int]:
-    least, most = LIMITS.get(name, BLOCK_LIMITS if name.startswith("BLOCK") else (1, math.inf))
-    down, up = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+    if name not in LIMITS and not name.startswith("BLOCK"):
+        return {}
+    least, most = LIMITS.get(name, BLOCK_LIMITS)
+    down, up = (value - 1, value + 1) if name in BY_ONE else (value // 2, value * 2)
     return {way: value for way, value in (("down", down), ("up", up)) if least <= value <= most}
 
 

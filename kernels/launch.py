@@ -100,7 +100,3 @@ def first_that_fits(operator: str, kernel: str, architecture: str, sizes: tuple[
 def table(operator: str) -> dict:
     """kernels/<operator>.json."""
     return json.loads((Path(__file__).parent / f"{operator}.json").read_text())
-
-
-def num_warps(block: int) -> int:
-    return min(max(block // 256, 4), 32)
