@@ -25,17 +25,19 @@ class Alternative:
         call: called with the inputs; it imports the package itself.
         package: what has to be installed.
         devices: where it runs.
+        compiles: whether it is nothing without torch.compile.
     """
 
     call: Callable[..., object]
     package: str = "torch"
     devices: tuple[str, ...] = ("cuda",)
+    compiles: bool = False
 
     def __call__(self, *inputs: object) -> object:
         return self.call(*inputs)
 
-    def is_to_be_had(self, device: str) -> bool:
-        return device in self.devices and find_spec(self.package) is not None
+    def is_to_be_had(self, device: str, compiled: bool) -> bool:
+        return device in self.devices and compiled >= self.compiles and find_spec(self.package) is not None
 
 
 def compiled(function: Callable) -> Callable:

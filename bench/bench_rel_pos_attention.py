@@ -42,7 +42,7 @@ CASES = [
         function=_attend,
         peers={
             "SDPA, dense bias": sdpa_with_bias,
-            "FlexAttention": Alternative(compiled(flex_rel_pos)),
+            "FlexAttention": Alternative(compiled(flex_rel_pos), compiles=True),
             **({} if trains else {"SDPA, dense bias at hand": _DenseBias()}),
         },
         flops=FLOPS * (3.5 if trains else 1),

@@ -69,7 +69,7 @@ def _packed(lengths: tuple[int, ...], trains: bool) -> Case:
         function=_attend_packed,
         peers={
             "rotate, varlen_attn": Alternative(varlen_packed),
-            "rotate, FlexAttention": Alternative(FlexPacked(compiled(flex_masked))),
+            "rotate, FlexAttention": Alternative(FlexPacked(compiled(flex_masked)), compiles=True),
             "rotate, xformers": Alternative(xformers_packed, "xformers"),
         },
         flops=2 * HEADS * sum(length * (length + 1) for length in lengths) * DIM * (3.5 if trains else 1),

@@ -152,7 +152,7 @@ def contenders(case: Case, device: str, compiled: bool) -> dict[str, Callable[..
         torch.compiler.reset()
         every[TORCH_COMPILED] = torch.compile(case.on(TORCH), dynamic=False)
     for name, peer in case.peers.items():
-        if not isinstance(peer, Alternative) or peer.is_to_be_had(device):
+        if not isinstance(peer, Alternative) or peer.is_to_be_had(device, compiled):
             every[name] = peer
     return every
 

@@ -27,7 +27,7 @@ cd "$(dirname "$0")/.." || exit 2
 folder=${1:-build/on_gpu}
 shift $(($# > 0))
 chosen=("$@")
-((${#chosen[@]})) || chosen=(build tests operators models)
+((${#chosen[@]})) || chosen=(build tests tune overhead operators models)
 python=${PYTHON:-python3}
 mkdir -p "$folder"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -52,20 +52,23 @@ step() {
 spread=()
 "$python" -c "import xdist" 2>/dev/null && spread=(-n "$(nproc)" --dist worksteal)
 
+bench=("$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results" --plot "${results%.json}.png")
+
 {
     # For this GPU only.
-    CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 100 "$python" setup.py -q build_ext --inplace
+    CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 95 "$python" setup.py -q build_ext --inplace
     # A thread each, or they would be in each other's way. Packaging is tested where there is a network.
-    OMP_NUM_THREADS=1 step tests 170 "$python" -m pytest -q --tb=short --junit-xml="$folder/tests.xml" \
+    OMP_NUM_THREADS=1 step tests 140 "$python" -m pytest -q --tb=short --junit-xml="$folder/tests.xml" \
         --ignore=tests/test_packaging.py "${spread[@]}"
-    step operators 120 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --no-compile --json "$results"
-    step models 90 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --no-compile --json "$results" \
-        --model decode --model vision --model prefill --model train
-    step compiled-operators 400 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results"
-    step compiled-models 400 "$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results" \
-        --model vision --model prefill --model decode
+    step tune 75 "$python" -m vlcore.bench.tune --minutes 0.9
+    step overhead 20 "${bench[@]}" --overhead
+    step operators 105 "${bench[@]}" --no-compile
+    step models 80 "${bench[@]}" --no-compile --model decode --model vision --model prefill --model train
+    step compiled-operators 500 "${bench[@]}"
+    step compiled-models 500 "${bench[@]}" --model vision --model prefill --model decode
     step record 20 "$python" -m vlcore.bench.record "$results" --device "$device" --commit "$commit" \
         --tests "$folder/tests.xml"
+    tar czf "$folder/launch_tables.tar.gz" kernels/*.json
     echo "== failed: ${failed[*]:-none}"
 } > >(tee "$folder/log.txt") 2>&1
 wait

@@ -60,9 +60,15 @@ def case(**peers):
 
 def test_what_is_not_to_be_had_is_left_out():
     here = Alternative(lambda gate, up: F.silu(gate) * up, devices=("cpu",))
-    given = case(here=here, elsewhere=Alternative(here.call), unknown=Alternative(here.call, "no_such_package"))
+    given = case(
+        here=here,
+        elsewhere=Alternative(here.call),
+        compiled=Alternative(here.call, compiles=True),
+        unknown=Alternative(here.call, "no_such_package"),
+    )
     assert [*harness.contenders(given, "cpu", False)] == [TORCH_BACKEND, "here"]
-    assert [*harness.contenders(given, "cuda", True)] == [TORCH_BACKEND, TORCH_COMPILED, "elsewhere"]
+    assert [*harness.contenders(given, "cuda", False)] == [TORCH_BACKEND, "elsewhere"]
+    assert [*harness.contenders(given, "cuda", True)] == [TORCH_BACKEND, TORCH_COMPILED, "elsewhere", "compiled"]
     assert {"here", TORCH_BACKEND} <= set(harness.measure(given, Maker(torch.float32, "cpu")).seconds)
 
 

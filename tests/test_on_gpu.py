@@ -15,7 +15,7 @@ from vlcore.bench.report import read
 from vlcore.bench.timing import machine
 
 ROOT = Path(__file__).parent.parent
-STEPS = ["build", "tests", "operators", "models", "record"]
+STEPS = ["build", "tests", "tune", "overhead", "operators", "models", "record"]
 COMPILED = ["compiled-operators", "compiled-models"]
 
 # In the place of Python: what was asked for fails where a test does, and is written down.
