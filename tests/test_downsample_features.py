@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from operators import (
     DTYPES,
+    amid_nan,
     assert_compiles,
     assert_gradcheck,
     assert_matches,
@@ -13,6 +14,7 @@ from operators import (
 )
 
 from vlcore import native, ops
+from vlcore.kernels import launch
 from vlcore.ops.downsample_features import (
     KERNELS,
     DownsampleFeatures,
@@ -64,19 +66,58 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_map_of_the_model(dtype):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_map_of_the_model(backend, dtype):
     """Sums of alpha's gradient over a million products."""
     given = inputs(batch=1, channels=(256, 4, 4), grid=(64, 64), dtype=dtype)
-    skip_if_refused(KERNELS, "cpp", *given, 96)
-    assert_matches(through_op("cpp", 96), reference(96), *given)
+    skip_if_refused_or_slow(backend, *given, 96)
+    assert_matches(through_op(backend, 96), reference(96), *given)
+
+
+def skip_if_refused_or_slow(backend, *given):
+    skip_if_refused(KERNELS, backend, *given)
+    if backend == "triton" and launch.INTERPRETED:
+        pytest.skip("there is no GPU, and Triton's interpreter takes minutes")
+
+
+@pytest.mark.parametrize(("choices", "skip"), [({}, True), ({"INTERPOLATE": 1, "SPLITS": 3}, True), ({}, False)])
+def test_tiles_of_triton(monkeypatch, choices, skip):
+    """Several of rows, columns and steps, none of which is full; nothing beyond the tensors is read; and what a launch
+    table may choose."""
+    written = launch.settings
+    monkeypatch.setattr(
+        launch, "settings", lambda *given, **sizes: {k: choices.get(k, v) for k, v in written(*given, **sizes).items()}
+    )
+    given = inputs(batch=1, channels=(35, 66, 5), grid=(7, 5), skip=skip)
+    skip_if_refused(KERNELS, "triton", *given, 20)
+    # Without the gradient of alpha: it is a single number, and how near torch comes to that is a matter of chance.
+    detail, branch, alpha, *weights = (pixels_amid_nan(x) for x in given)
+
+    def with_alpha(function):
+        return lambda detail, branch, *weights: function(detail, branch, alpha, *weights)
+
+    assert_matches(with_alpha(through_op("triton", 20)), with_alpha(reference(20)), detail, branch, *weights)
+
+
+def pixels_amid_nan(x):
+    return x if x is None or x.ndim < 4 else amid_nan(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("grid", "size"), [((16, 16), 24), ((1, 37), 8), ((19, 3), 8)])
+def test_interpolation_in_triton(grid, size):
+    """Maps that grow as the model's do, and that shrink to where pixels are left out."""
+    given = inputs(batch=1, channels=(3, 1, 1), grid=grid)
+    skip_if_refused(KERNELS, "triton", *given, size)
+    assert_matches(through_op("triton", size), reference(size), *given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_sums_keep_their_accuracy(dtype):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_long_sums_keep_their_accuracy(backend, dtype):
     """Of the convolutions, over 9 * 256 products."""
     given = inputs(channels=(256, 256, 7), grid=(7, 5), dtype=dtype)
-    skip_if_refused(KERNELS, "cpp", *given, 20)
-    assert_matches(through_op("cpp", 20), reference(20), *given)
+    skip_if_refused_or_slow(backend, *given, 20)
+    assert_matches(through_op(backend, 20), reference(20), *given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

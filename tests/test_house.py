@@ -114,6 +114,10 @@ OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
 SHARED = {"launch", "matrix_product", "norm_rows", "rotary", "sequence_attention", "sequence_attention_backward"}
 
 
+# What kernels of several operators share, or one is made of.
+SHARED_KERNELS = {"launch", "matrix_product", "bilinear", "convolution"}
+
+
 @pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "bench/bench_*.py"])
 def test_an_implementation_has_the_stem_of_its_operator(pattern):
     strays = {stem.removeprefix("bench_") for stem in stems(pattern)} - OPERATORS - SHARED

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
@@ -52,7 +53,7 @@ def downsample_features(
         alpha: one element, floating, scales `skip`; not read without it.
         conv1_weight: (C1, C, 3, 3), conv2_weight: (C2, C1, 3, 3), of detail's dtype; stride 2, padding 1, no bias.
         size: side of the square that the features are interpolated to, a multiple of 4: four times the grid.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (B, (size / 4)^2, C2), of detail's dtype, tokens row-major. The sum and the interpolation (bilinear,
@@ -98,7 +99,10 @@ class DownsampleFeatures(torch.autograd.Function):
             None if tensor is None else tensor.contiguous(memory_format=_layout(backend)) for tensor in (detail, skip)
         ]
         alpha = None if skip is None else alpha.contiguous()
-        inputs = [*maps, alpha, conv1_weight.contiguous(), conv2_weight.contiguous()]
+        # Triton's convolutions read weights channels-last too. Brought there once, they are kept so for the backward.
+        layout = _layout(backend) if backend == "triton" else torch.contiguous_format
+        weights = [weight.contiguous(memory_format=layout) for weight in (conv1_weight, conv2_weight)]
+        inputs = [*maps, alpha, *weights]
         tokens, hidden = downsample_features_forward(*inputs, size, backend)
         ctx.save_for_backward(*inputs, hidden)
         ctx.numbers = (size, backend)
@@ -122,10 +126,15 @@ def _layout(backend: str) -> torch.memory_format:
 
 
 def _cpp_refusals(detail, skip, alpha, conv1_weight, conv2_weight, size) -> list[str]:
-    reasons = native.cpp_refusals(detail)
-    if detail.shape[2] == 0 or detail.shape[3] == 0:
-        reasons.append("there are no pixels to interpolate")
-    return reasons
+    return native.cpp_refusals(detail) + _pixel_refusals(detail)
+
+
+def _triton_refusals(detail, skip, alpha, conv1_weight, conv2_weight, size) -> list[str]:
+    return launch.dot_refusals(detail, conv1_weight, conv2_weight) + _pixel_refusals(detail)
+
+
+def _pixel_refusals(detail: Tensor) -> list[str]:
+    return ["there are no pixels to interpolate"] * (detail.shape[2] == 0 or detail.shape[3] == 0)
 
 
 def _cpp_worthwhile(detail, skip, alpha, conv1_weight, conv2_weight, size) -> bool:
@@ -151,9 +160,9 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _conv_layout(backend: str, dtype: torch.dtype) -> torch.memory_format:
-    """How convolutions have their maps: in float32 channels-last, oneDNN errs up to five times as far, and takes up to
-    twice as long for the gradient of a weight."""
-    return torch.contiguous_format if dtype == torch.float32 else _layout(backend)
+    """How convolutions have their maps: of float32 ones that lie channels-last, oneDNN errs up to five times as far,
+    and takes up to twice as long for the gradient of a weight."""
+    return torch.contiguous_format if backend == "cpp" and dtype == torch.float32 else _layout(backend)
 
 
 def _cpp_forward(detail, skip, alpha, conv1_weight, conv2_weight, size):
@@ -200,7 +209,15 @@ def merge_and_resize_backward(grad_resized, detail, skip, alpha) -> tuple[Tensor
 
 
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile)}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("downsample_features", "forward"),
+        native.triton("downsample_features", "backward"),
+        _triton_refusals,
+        launch.worthwhile,
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile),
+}
 
 
 def _torch_forward(detail, skip, alpha, conv1_weight, conv2_weight, size):
