@@ -81,8 +81,8 @@ def cuda_refusals(x: Tensor, since: tuple[int, int] = (8, 0)) -> list[str]:
     }
     if any(reasons.values()):
         return [reason for reason, applies in reasons.items() if applies]
-    # What is remembered is not looked up in a graph that is being compiled.
-    given = (_capability.__wrapped__ if torch.compiler.is_compiling() else _capability)(x.device.index)
+    # A graph that is being compiled looks it up itself, and keeps it.
+    given = (_look_up_capability if torch.compiler.is_compiling() else _capability)(x.device.index)
     if given < since:
         return [f"it needs compute capability {since[0]}.{since[1]}, and this GPU has {given[0]}.{given[1]}"]
     if not has_code(cuda.architectures, given):
@@ -90,10 +90,13 @@ def cuda_refusals(x: Tensor, since: tuple[int, int] = (8, 0)) -> list[str]:
     return []
 
 
-@cache
-def _capability(index: int) -> tuple[int, int]:
+def _look_up_capability(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
     return properties.major, properties.minor
+
+
+# Of a GPU by its number; looking it up takes as long as a kernel does.
+_capability = cache(_look_up_capability)
 
 
 def has_code(architectures: str, capability: tuple[int, int]) -> bool:
