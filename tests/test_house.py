@@ -112,6 +112,7 @@ def stems(pattern: str) -> set[str]:
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
 # Device code, and what launches it, that several operators share.
 SHARED = {"launch", "matrix_product", "norm_rows", "rotary", "sequence_attention", "sequence_attention_backward"}
+SHARED |= {"grid_attention", "grid_attention_backward", "grid_attention_launch", "grid_attention_sums"}
 
 
 # What kernels of several operators share, or one is made of.

@@ -17,6 +17,7 @@ from operators import (
 )
 
 from vlcore import native, ops
+from vlcore.kernels import launch
 from vlcore.ops.dispatch import gradients
 from vlcore.ops.rel_pos_attention import KERNELS, RelPosAttention, rel_pos_attention_reference
 
@@ -67,13 +68,40 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_sums_stay_as_accurate(backend):
-    """A global block's 4096 keys, of one head of SAM."""
-    given, grid = inputs(batch=1, heads=1, grid=(64, 64), dim=64), (64, 64)
+    """A global block's 4096 keys, of one head of SAM; 512 of them where Triton is interpreted."""
+    grid = (8, 64) if backend == "triton" and launch.INTERPRETED else (64, 64)
+    given = inputs(batch=1, heads=1, grid=grid, dim=64)
     skip_if_refused(KERNELS, backend, *given, grid)
     with torch.no_grad():
         actual = ops.rel_pos_attention(*given, grid, backend=backend)
         exact = ops.rel_pos_attention(*(tensor.double() for tensor in given), grid)
     assert_as_accurate(actual, reference(grid)(*given), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [{"grid": (9, 1)}, {"grid": (5, 70), "dim": 24}, {"grid": (20, 20), "dim": 80}])
+def test_triton_on_odd_grids(sizes, dtype):
+    """Columns in several blocks, rows that fill none, heads that fill no block, softmaxes without correction."""
+    given, grid = inputs(**sizes, batch=1, heads=1, dtype=dtype), sizes["grid"]
+    skip_if_refused(KERNELS, "triton", *given, grid)
+    assert_matches(through_op("triton", grid), reference(grid), *given)
+
+
+def test_triton_takes_keys_and_values_of_different_strides():
+    q, k, v, *tables = inputs()
+    skip_if_refused(KERNELS, "triton", q, k, v, *tables, (3, 5))
+    spread = q, k, v.transpose(1, 2).contiguous().transpose(1, 2), *tables
+    for got, wanted in zip(
+        values_and_gradients(through_op("triton"), spread),
+        values_and_gradients(through_op("triton"), (q, k, v, *tables)),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_triton_refuses_wide_heads():
+    with pytest.raises(ValueError, match="heads of 136 are wider than 128"):
+        ops.rel_pos_attention(*inputs(dim=136), (3, 5), backend="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

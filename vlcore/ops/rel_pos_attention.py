@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import (
     AUTO,
@@ -24,6 +25,8 @@ from vlcore.ops.dispatch import (
 
 # Scores that are held at a time: 128 MiB of float32.
 _CHUNK_SCORES = 2**25
+# What a program of Triton's holds of each query.
+MAX_TRITON_HEAD_DIM = 128
 
 
 def rel_pos_attention_reference(
@@ -82,7 +85,7 @@ def rel_pos_attention(
         q, k, v: (B, H, Y * X, D), float32, float16 or bfloat16; float64 on "torch". Tokens are row-major.
         rel_pos_h: (2Y - 1, D), rel_pos_w: (2X - 1, D), of q's dtype.
         grid: (Y, X).
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (B, H, Y * X, D), of q's dtype. Scores are scaled by D^-1/2, the position terms are not; both terms and the
@@ -176,8 +179,24 @@ def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
+def _triton_refusals(q, k, v, rel_pos_h, rel_pos_w, grid) -> list[str]:
+    too_wide = q.shape[-1] > MAX_TRITON_HEAD_DIM
+    return (
+        launch.dot_refusals(q, k, v, rel_pos_h, rel_pos_w)
+        + [f"heads of {q.shape[-1]} are wider than {MAX_TRITON_HEAD_DIM}"] * too_wide
+    )
+
+
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("rel_pos_attention", "forward"),
+        native.triton("rel_pos_attention", "backward"),
+        _triton_refusals,
+        launch.worthwhile,
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
+}
 
 rel_pos_attention_forward = define(
     "rel_pos_attention_forward(Tensor q, Tensor k, Tensor v, Tensor rel_pos_h, Tensor rel_pos_w, SymInt height,"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
+from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.dispatch import (
     AUTO,
@@ -21,7 +22,7 @@ from vlcore.ops.dispatch import (
     once_differentiable,
     statistics,
 )
-from vlcore.ops.rel_pos_attention import rel_pos_attention_reference
+from vlcore.ops.rel_pos_attention import MAX_TRITON_HEAD_DIM, rel_pos_attention_reference
 
 
 def window_attention_reference(
@@ -69,7 +70,7 @@ def window_attention(
         qkv_bias: (3, H, D), what a padded position holds, of qkv's dtype; None: it holds zeros.
         rel_pos_h, rel_pos_w: (2 * window - 1, D), of qkv's dtype.
         window: side of a window; windows start at the top left.
-        backend: "auto", "torch" or "cpp".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (B, Y, X, H * D), of qkv's dtype. Within a window as `rel_pos_attention`.
@@ -159,8 +160,24 @@ def _empty_gradients(qkv, rel_pos_h, rel_pos_w):
     return torch.empty_like(qkv), qkv.new_empty(qkv.shape[3:]), *(torch.empty_like(t) for t in (rel_pos_h, rel_pos_w))
 
 
+def _triton_refusals(qkv, qkv_bias, rel_pos_h, rel_pos_w, window) -> list[str]:
+    too_wide = qkv.shape[-1] > MAX_TRITON_HEAD_DIM
+    return (
+        launch.dot_refusals(qkv, rel_pos_h, rel_pos_w)
+        + [f"heads of {qkv.shape[-1]} are wider than {MAX_TRITON_HEAD_DIM}"] * too_wide
+    )
+
+
 # In order of preference.
-KERNELS = {"cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals)}
+KERNELS = {
+    "triton": Kernel(
+        native.triton("window_attention", "forward"),
+        native.triton("window_attention", "backward"),
+        _triton_refusals,
+        launch.worthwhile,
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
+}
 
 window_attention_forward = define(
     "window_attention_forward(Tensor qkv, Tensor? qkv_bias, Tensor rel_pos_h, Tensor rel_pos_w, SymInt window,"
