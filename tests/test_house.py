@@ -111,12 +111,9 @@ def stems(pattern: str) -> set[str]:
 
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
 # Device code, and what launches it, that several operators share.
-SHARED = {"launch", "matrix_product", "norm_rows", "rotary", "sequence_attention", "sequence_attention_backward"}
-SHARED |= {"grid_attention", "grid_attention_backward", "grid_attention_launch", "grid_attention_sums"}
-
-
-# What kernels of several operators share, or one is made of.
-SHARED_KERNELS = {"launch", "matrix_product", "bilinear", "convolution"}
+SHARED = {"bilinear", "convolution", "launch", "matrix_product", "norm_rows", "rotary"}
+SHARED |= {f"grid_attention{part}" for part in ("", "_backward", "_launch", "_sums")}
+SHARED |= {"sequence_attention", "sequence_attention_backward"}
 
 
 @pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "bench/bench_*.py"])
