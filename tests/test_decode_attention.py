@@ -220,9 +220,10 @@ def test_has_no_gradient():
         ops.decode_attention(q, *rest)
 
 
-def test_says_why_cuda_cannot_run():
+def test_says_why_cuda_cannot_run(monkeypatch):
+    monkeypatch.setattr(native, "cuda_refusals", lambda q, since: [])
     given = inputs(dim=20)
-    with pytest.raises(ValueError, match="cannot run on 'cuda' .*: .*its heads are of 64 or 128, and these of 20"):
+    with pytest.raises(ValueError, match="cannot run on 'cuda' .*: its heads are of 64 or 128, and these of 20"):
         ops.decode_attention(*given, backend="cuda")
     given = list(inputs(dim=64))
     given[3], given[4] = (torch.zeros(cache.numel() + 1)[1:].view(cache.shape) for cache in given[3:5])

@@ -186,14 +186,23 @@ def test_says_why_a_backend_cannot_run():
     with pytest.raises(ValueError, match=r"cannot run on 'cpp' .*: 8 groups of 64 inputs are not of one of \(32, 64"):
         ops.quantized_linear(torch.zeros(1, 64), weight, backend="cpp")
     torch.testing.assert_close(ops.quantized_linear(torch.ones(64), weight), torch.full((2,), 64 * 127.0))
-    for backend in ("triton", "cuda"):
-        with pytest.raises(ValueError, match=rf"cannot run on '{backend}' .* 8 groups of 64 inputs are not of one of"):
-            ops.quantized_linear(torch.zeros(1, 64), weight, backend=backend)
+    with pytest.raises(ValueError, match="cannot run on 'triton' .* 8 groups of 64 inputs are not of one of"):
+        ops.quantized_linear(torch.zeros(1, 64), weight, backend="triton")
+
+
+def test_says_why_cuda_cannot_run(monkeypatch):
     weight = ops.quantize_weight(torch.ones(2, 72), 8)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="cannot run on 'cuda' .*: .*it runs on a GPU only"):
+            ops.quantized_linear(torch.zeros(1, 72), weight, backend="cuda")
+    monkeypatch.setattr(native, "cuda_refusals", lambda x: [])
     with pytest.raises(
         ValueError, match="it takes up to 16 rows, and these are 17; 72 inputs of 8 bits are no multiple"
     ):
         ops.quantized_linear(torch.zeros(17, 72), weight, backend="cuda")
+    weight = dataclasses.replace(ops.quantize_weight(torch.ones(2, 64), 8, 32), scales=torch.ones(2, 8), group_size=8)
+    with pytest.raises(ValueError, match=r"cannot run on 'cuda' .*: 8 groups of 64 inputs are not of one of \(32, 64"):
+        ops.quantized_linear(torch.zeros(1, 64), weight, backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

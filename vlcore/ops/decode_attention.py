@@ -130,10 +130,14 @@ def _cpp_forward(q, k, v, key_cache, value_cache, lengths, theta, scale) -> Tens
 
 def _cuda_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> list[str]:
     # Blocks that share a row meet in clusters.
-    reasons = native.cuda_refusals(q, since=(9, 0)) + cache_refusals(key_cache, value_cache)
+    if reasons := native.cuda_refusals(q, since=(9, 0)):
+        return reasons
+    reasons = cache_refusals(key_cache, value_cache)
     if q.shape[3] not in (64, 128):
         reasons.append(f"its heads are of 64 or 128, and these of {q.shape[3]}")
-    places = (key_cache.storage_offset(), value_cache.storage_offset(), *key_cache.stride()[:2])
+    places = key_cache.stride()[:2]
+    if not torch.compiler.is_compiling():  # which cannot look at offsets; the kernel checks them
+        places += (key_cache.storage_offset(), value_cache.storage_offset())
     if any(place * q.element_size() % 16 for place in places):
         reasons.append("it needs caches whose tokens begin at multiples of 16 bytes")
     return reasons

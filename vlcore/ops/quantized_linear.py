@@ -161,7 +161,9 @@ def group_refusals(num_inputs: int, num_groups: int) -> list[str]:
 
 
 def _cuda_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> list[str]:
-    reasons = native.cuda_refusals(x) + group_refusals(x.shape[-1], scales.shape[1])
+    if reasons := native.cuda_refusals(x):
+        return reasons
+    reasons = group_refusals(x.shape[-1], scales.shape[1])
     if (rows := num_rows(x)) > MAX_ROWS:
         reasons.append(f"it takes up to {MAX_ROWS} rows, and these are {rows}")
     if x.shape[-1] % (128 // bits):
