@@ -112,7 +112,7 @@ def _quantized_linear(rows: int, bits: int, group_size: int | None) -> Case:
 
 MORE: Mapping[str, Sequence[Case]] = {
     "add_rms_norm": _norm("add_rms_norm", tensors=2, vectors=1),
-    "attention": [_attention(64, packed=True), _attention(128), _attention(128, packed=True), _attention(256)],
+    "attention": [_attention(64, packed=True), _attention(128), _attention(128, packed=True)],
     "decode_attention": [
         _decode_attention(8192, 128, kv_heads=16),
         _decode_attention(1024, 128, kv_heads=4),

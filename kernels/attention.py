@@ -1,6 +1,7 @@
 """Launchers of sequence attention, with rotary turns or without: scores are computed again in the backward."""
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -33,8 +34,8 @@ def forward(
     if not out.numel():
         return out, lse
     q, k, v = (_readable(x) for x in (q, k, v))
-    constants, factor = _constants(q, cu_seqlens, causal, scale, turns)
-    how = _settings("forward", q, constants)
+    constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
+    how = launch.settings("sequence_attention", "forward", q.device, **sizes)
     forward_kernel[q.shape[0] * q.shape[2], triton.cdiv(q.shape[1], how["BLOCK_M"])](
         q, k, v, turns, cu_seqlens, out, lse, *_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, **constants, **how
     )
@@ -58,16 +59,16 @@ def backward(
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     delta, grad_out = torch.empty_like(lse), grad_out.contiguous()
     q, k, v = (_readable(x) for x in (q, k, v))
-    constants, factor = _constants(q, cu_seqlens, causal, scale, turns)
+    constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
     if grad_q.numel():
-        how = _settings("queries", q, constants)
+        how = launch.settings("sequence_attention", "queries", q.device, **sizes)
         queries_kernel[q.shape[0] * q.shape[2], triton.cdiv(q.shape[1], how["BLOCK_M"])](
             q, k, v, turns, cu_seqlens, out, grad_out, lse, delta, grad_q,
             *_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, scale, **constants, **how,
         )  # fmt: skip
     if grad_k.numel():
         q = q if q_turned is None else q_turned
-        how = _settings("keys", q, constants)
+        how = launch.settings("sequence_attention", "keys", q.device, **sizes)
         keys_kernel[k.shape[0] * k.shape[2], triton.cdiv(k.shape[1], how["BLOCK_N"])](
             q, k, v, turns, cu_seqlens, grad_out, lse, delta, grad_k, grad_v,
             *_sizes(q, k, v, cu_seqlens, k.shape[2]), factor, scale, **constants, **how,
@@ -85,24 +86,31 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, heads: in
     return *strides, q.shape[1], k.shape[1], num_sequences, heads, q.shape[2] // k.shape[2]
 
 
-def _constants(
+def _compiled_for(
     q: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, turns: Tensor | None
-) -> tuple[dict, float]:
-    """What a kernel is compiled for, and the factor of the scores: the scale in float32. Elsewhere it is positive, as
-    maxima are sought before it, with log2(e) for exp2, and SIGN is that of the scale."""
-    wide = q.dtype == torch.float32
+) -> tuple[dict, float, dict]:
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return _constants(q.dtype, q.shape[3], cu_seqlens is not None, causal, scale, turns is not None, tf32)
+
+
+@cache
+def _constants(
+    dtype: torch.dtype, head_dim: int, packed: bool, causal: bool, scale: float, rotary: bool, tf32: bool
+) -> tuple[dict, float, dict]:
+    """What a kernel is compiled for, the factor of the scores, and what its launch depends on. Not to be changed.
+
+    The factor is the scale in float32. Elsewhere it is positive, as maxima are sought before it, with log2(e) for
+    exp2, and SIGN is that of the scale.
+    """
+    wide = dtype == torch.float32
     constants = {
-        "HEAD_DIM": q.shape[3],
-        "BLOCK_D": max(triton.next_power_of_2(q.shape[3]), 16),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
         "CAUSAL": causal,
-        "PACKED": cu_seqlens is not None,
-        "ROTARY": turns is not None,
+        "PACKED": packed,
+        "ROTARY": rotary,
         "SIGN": 1 if wide else (scale > 0) - (scale < 0),
-        "PRECISION": "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if wide and tf32 else "ieee",
     }
-    return constants, scale if wide else abs(scale) * math.log2(math.e) or 1.0
-
-
-def _settings(kernel: str, q: Tensor, constants: dict) -> dict[str, int]:
-    sizes = {"bits": 8 * q.element_size(), "head_dim": constants["BLOCK_D"], "packed": int(constants["PACKED"])}
-    return launch.settings("attention", kernel, q.device, **sizes)
+    sizes = {"bits": 8 * dtype.itemsize, "head_dim": constants["BLOCK_D"], "packed": int(packed)}
+    return constants, scale if wide else abs(scale) * math.log2(math.e) or 1.0, sizes

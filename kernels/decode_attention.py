@@ -1,6 +1,7 @@
 """One step of decoding in Triton: blocks of cached keys go to programs of their own, whose sums are merged in order."""
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -121,8 +122,9 @@ def forward(
     if not out.numel():
         return out
     (batch, _, heads, dim), (_, size, kv_heads, _) = q.shape, key_cache.shape
-    constants, keys, how, merge = _settings(q.dtype, q.device, size, heads // kv_heads, dim)
-    blocks = -(-size // keys)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    constants, how, merge = _settings(q.dtype, q.device, heads // kv_heads, dim, tf32)
+    blocks = -(-size // how["BLOCK_N"])
     sums = q.new_empty((batch * heads * blocks * (dim + 2),), dtype=torch.float32)
     statistics = sums[batch * heads * blocks * dim :]
     _block_kernel[batch * kv_heads, blocks](
@@ -130,22 +132,20 @@ def forward(
         kv_heads, heads // kv_heads, scale * math.log2(math.e), *log2_theta(theta), **constants, **how,
     )  # fmt: skip
     _merge_kernel[batch * heads, -(-dim // merge["BLOCK_D"])](
-        sums, statistics, lengths, out, heads, blocks, HEAD_DIM=dim, BLOCK_N=keys, **merge
+        sums, statistics, lengths, out, heads, blocks, HEAD_DIM=dim, BLOCK_N=how["BLOCK_N"], **merge
     )
     return out
 
 
-def _settings(
-    dtype: torch.dtype, device: torch.device, size: int, group: int, dim: int
-) -> tuple[dict, int, dict, dict]:
-    """What the kernels are compiled for, the keys of a block, and how both are launched."""
+@cache
+def _settings(dtype: torch.dtype, device: torch.device, group: int, dim: int, tf32: bool) -> tuple[dict, dict, dict]:
+    """What the first kernel is compiled for, and how both are launched. Not to be changed."""
     constants = {
         "HEAD_DIM": dim,
         "HALF": max(triton.next_power_of_2(dim // 2), 16),
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
         "BLOCK_G": max(triton.next_power_of_2(group), 16),
-        "PRECISION": "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if dtype == torch.float32 and tf32 else "ieee",
     }
-    sizes = {"bits": 8 * dtype.itemsize, "head_dim": constants["BLOCK_D"], "keys": triton.next_power_of_2(size)}
-    how = launch.settings("decode_attention", "block", device, **sizes)
-    return constants, how["BLOCK_N"], how, launch.settings("decode_attention", "merge", device, **sizes)
+    how = launch.settings("decode_attention", "block", device, bits=8 * dtype.itemsize)
+    return constants, how, launch.settings("decode_attention", "merge", device)

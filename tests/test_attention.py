@@ -50,7 +50,7 @@ def reference(causal=False, cu_seqlens=None, scale=0.5):
         {"batch": 1, "queries": 1, "keys": 1, "heads": 1, "key_heads": 1},
         {"batch": 0},
         {"queries": 0},
-        {"queries": 130, "keys": 130, "dim": 64},
+        {"batch": 1, "queries": 130, "keys": 130, "heads": 2, "key_heads": 1, "dim": 64},
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -227,8 +227,8 @@ def test_small_calls_are_left_to_torch():
 def test_says_why_a_backend_cannot_run():
     with pytest.raises(ValueError, match="attention cannot run on 'cpp' .* float32 and bfloat16 only"):
         ops.attention(Q.half(), K.half(), K.half(), backend="cpp")
-    with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 257 is not in 1\.\.256"):
-        ops.attention(*(torch.zeros(1, 1, 1, 257) for _ in range(3)), backend="triton")
+    with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 129 is not in 1\.\.128"):
+        ops.attention(*(torch.zeros(1, 1, 1, 129) for _ in range(3)), backend="triton")
 
 
 def test_bounds_that_are_not_looked_at_hold_a_sequence_at_least():

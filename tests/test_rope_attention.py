@@ -62,7 +62,7 @@ def reference(causal=True, cu_seqlens=None, scale=0.5):
         {"heads": 3, "key_heads": 3, "dim": 2},
         {"batch": 1, "queries": 1, "keys": 1, "heads": 1, "key_heads": 1},
         {"batch": 0},
-        {"queries": 130, "keys": 130, "dim": 64},
+        {"batch": 1, "queries": 130, "keys": 130, "heads": 2, "key_heads": 1, "dim": 64},
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -347,8 +347,8 @@ def test_says_why_a_backend_cannot_run():
         ops.rope_attention(Q.half(), K.half(), K.half(), POSITIONS, backend="cpp")
     with pytest.raises(ValueError, match="cannot run on 'cpp' .* it reads cu_seqlens on the CPU only"):
         ops.rope_attention(Q[:1], K[:1], K[:1], POSITIONS[:1], cu_seqlens=bounds(0, 7).to("meta"), backend="cpp")
-    with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 258 is not in 1\.\.256"):
-        ops.rope_attention(*(torch.zeros(1, 1, 1, 258) for _ in range(3)), POSITIONS[:1, :1], backend="triton")
+    with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 130 is not in 1\.\.128"):
+        ops.rope_attention(*(torch.zeros(1, 1, 1, 130) for _ in range(3)), POSITIONS[:1, :1], backend="triton")
 
 
 def test_says_why_xformers_cannot_run(monkeypatch):

@@ -10,7 +10,7 @@ from vlcore.ops import checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
 
 # The widest head that a program of Triton's holds.
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 128
 
 
 def attention_reference(
