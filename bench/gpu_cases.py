@@ -116,7 +116,6 @@ MORE: Mapping[str, Sequence[Case]] = {
     "decode_attention": [
         _decode_attention(8192, 128, kv_heads=16),
         _decode_attention(1024, 128, kv_heads=4),
-        _decode_attention(1024, 256, kv_heads=16),
     ],
     "downsample_features": [_downsample_features(batch) for batch in (2, 4)],
     "hybrid_adaptor": [_hybrid_adaptor(images=4)],
@@ -126,7 +125,7 @@ MORE: Mapping[str, Sequence[Case]] = {
     ],
     "rel_pos_attention": [_rel_pos_attention(14, 64), _rel_pos_attention(64, 80)],
     "rms_norm": _norm("rms_norm", tensors=1, vectors=1),
-    "rope_attention": [_rope_attention(64), _rope_attention(128, kv_heads=2, packed=True), _rope_attention(256)],
+    "rope_attention": [_rope_attention(64), _rope_attention(128, kv_heads=2, packed=True)],
     "window_attention": [_window_attention(80)],
 }
 
