@@ -14,6 +14,7 @@ from .grid_attention import forward_kernel
 from .grid_attention_backward import backward_queries_kernel
 from .grid_attention_sums import backward_keys_kernel, backward_tables_kernel, sum_parts_kernel
 from .launch import settings
+from .matrix_product import input_precision
 
 # Up to this many keys, such as a window's, delta is corrected in every dtype.
 FEW_KEYS = 512
@@ -57,7 +58,7 @@ class Grids:
 
 
 @cache
-def _constants(grids: Grids, kernel: str, device: torch.device, dtype: torch.dtype, allow_tf32: bool) -> dict:
+def _constants(grids: Grids, kernel: str, device: torch.device, dtype: torch.dtype, precision: str) -> dict:
     """A kernel's constants, warps and stages, less those that it does not have."""
     block_d = max(triton.next_power_of_2(grids.head_dim), 16)
     sizes = {"bits": 8 * dtype.itemsize, "head_dim": block_d, "tokens": triton.next_power_of_2(grids.tokens)}
@@ -70,11 +71,11 @@ def _constants(grids: Grids, kernel: str, device: torch.device, dtype: torch.dty
     if kernel in ("backward_queries", "backward_keys"):
         entry["CORRECTED"] = dtype == torch.float32 or grids.tokens <= FEW_KEYS
     shape = {"HEIGHT": grids.height, "WIDTH": grids.width, "HEAD_DIM": grids.head_dim, "PADDED": grids.padded}
-    return shape | {"PRECISION": "tf32" if allow_tf32 else "ieee", "BLOCK_D": block_d} | entry
+    return shape | {"PRECISION": precision, "BLOCK_D": block_d} | entry
 
 
 def _constants_of(grids: Grids, kernel: str, tensor: Tensor) -> dict:
-    return _constants(grids, kernel, tensor.device, tensor.dtype, torch.backends.cuda.matmul.allow_tf32)
+    return _constants(grids, kernel, tensor.device, tensor.dtype, input_precision())
 
 
 def launch_forward(
