@@ -5,8 +5,12 @@ from torch import Tensor
 
 from vlcore.bench.alternatives import Alternative, xformers_attention
 from vlcore.bench.harness import Case, Inputs, Maker
+from vlcore.bench.shapes import HYBRID
 
-TOKENS, HEADS, DIM = 576, 16, 64
+SIGLIP = HYBRID.siglip
+
+TOKENS, HEADS = SIGLIP.num_tokens, SIGLIP.num_heads
+DIM = SIGLIP.hidden_size // HEADS
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,4 +32,4 @@ def _case(batch: int, trains: bool = False) -> Case:
     )
 
 
-CASES = [_case(1), _case(4), _case(1, trains=True)]
+CASES = [_case(1), _case(4), _case(1, trains=True), _case(8, trains=True)]

@@ -3,8 +3,9 @@
 import torch
 
 from vlcore.bench.harness import Case, Inputs, Maker
+from vlcore.bench.shapes import LLAMA, PROMPT
 
-HEADS, DIM, LAYERS = 16, 128, 24
+HEADS, DIM, LAYERS = LLAMA.num_heads, LLAMA.head_dim, LLAMA.num_layers
 
 
 def _case(length: int) -> Case:
@@ -23,4 +24,4 @@ def _case(length: int) -> Case:
     )
 
 
-CASES = [_case(640), _case(1088)]
+CASES = [_case(640), _case(PROMPT)]

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from vlcore.bench.alternatives import EPS, liger
 from vlcore.bench.harness import Case
+from vlcore.bench.shapes import HYBRID, LLAMA, PROMPT
 
 
 def _case(rows: int, size: int, trains: bool = False) -> Case:
@@ -21,4 +22,12 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
     )
 
 
-CASES = [_case(1, 2048), _case(576, 1024), _case(4096, 768), _case(1088, 2048), _case(1088, 2048, trains=True)]
+SAM, SIGLIP = HYBRID.sam, HYBRID.siglip
+assert SAM
+CASES = [
+    _case(1, LLAMA.hidden_size),
+    _case(SIGLIP.num_tokens, SIGLIP.hidden_size),
+    _case(SAM.grid**2, SAM.hidden_size),
+    _case(PROMPT, LLAMA.hidden_size),
+    _case(PROMPT, LLAMA.hidden_size, trains=True),
+]

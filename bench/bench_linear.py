@@ -1,10 +1,16 @@
 """Linear layers of the 1.3B for one decoded token, each weight read from memory."""
 
 from vlcore.bench.harness import Case, Inputs, Maker
+from vlcore.bench.shapes import LLAMA
 
 # More than any processor's cache.
 ENOUGH = 3e8
-LAYERS = [(2048, 2048), (5632, 2048), (2048, 5632), (102400, 2048)]
+LAYERS = [
+    (LLAMA.hidden_size, LLAMA.hidden_size),
+    (LLAMA.intermediate_size, LLAMA.hidden_size),
+    (LLAMA.hidden_size, LLAMA.intermediate_size),
+    (LLAMA.vocab_size, LLAMA.hidden_size),
+]
 
 
 def turns(bytes_each: float) -> int:

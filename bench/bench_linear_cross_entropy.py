@@ -6,8 +6,9 @@ from torch import Tensor
 
 from vlcore.bench.alternatives import liger
 from vlcore.bench.harness import Case, Inputs, Maker
+from vlcore.bench.shapes import LLAMA, PROMPT, TEXT_TOKENS
 
-VOCABULARY, SIZE = 102400, 2048
+VOCABULARY, SIZE = LLAMA.vocab_size, LLAMA.hidden_size
 
 
 def _all_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -30,4 +31,4 @@ def _case(rows: int, supervised: int, trains: bool) -> Case:
     )
 
 
-CASES = [_case(1088, 512, False), _case(1088, 512, True)]
+CASES = [_case(PROMPT, TEXT_TOKENS, trains) for trains in (False, True)]

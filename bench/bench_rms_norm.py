@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from vlcore.bench.alternatives import EPS, Alternative, liger, llama_rms_norm
 from vlcore.bench.harness import Case
+from vlcore.bench.shapes import BATCH, LLAMA, LLAMA_7B, PROMPT
 
 
 def _case(rows: int, size: int, trains: bool = False) -> Case:
@@ -22,4 +23,11 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
     )
 
 
-CASES = [_case(1, 2048), _case(1088, 2048), _case(1088, 2048, trains=True)]
+CASES = [
+    _case(1, LLAMA.hidden_size),
+    _case(PROMPT, LLAMA.hidden_size),
+    _case(PROMPT, LLAMA.hidden_size, trains=True),
+    _case(PROMPT, LLAMA_7B.hidden_size),
+    _case(BATCH, LLAMA.hidden_size),
+    _case(BATCH, LLAMA.hidden_size, trains=True),
+]

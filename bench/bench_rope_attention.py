@@ -18,11 +18,12 @@ from vlcore.bench.alternatives import (
     xformers_packed,
 )
 from vlcore.bench.harness import Case, Inputs, Maker
+from vlcore.bench.shapes import LLAMA, PROMPT
 
-HEADS, DIM = 16, 128
+HEADS, DIM = LLAMA.num_heads, LLAMA.head_dim
 BOTH = ("cpu", "cuda")
 # Answers of a stage-3 batch, images and text, packed.
-PACKED = (1088, 640, 896, 712, 1024, 600, 1088, 656)
+PACKED = (PROMPT, 640, 896, 712, 1024, 600, PROMPT, 656)
 
 
 def _rotate_and_sdpa(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -78,8 +79,8 @@ def _packed(lengths: tuple[int, ...], trains: bool) -> Case:
 
 
 CASES = [
-    *(_case(tokens) for tokens in (640, 1088, 4096)),
-    _case(1088, trains=True),
+    *(_case(tokens) for tokens in (640, PROMPT, 4096)),
+    _case(PROMPT, trains=True),
     _packed(PACKED, trains=False),
     _packed(PACKED, trains=True),
 ]

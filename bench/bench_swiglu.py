@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from vlcore.bench.alternatives import liger
 from vlcore.bench.harness import Case
+from vlcore.bench.shapes import BATCH, LLAMA, LLAMA_7B, PROMPT
 
 
 def _case(rows: int, size: int, trains: bool = False) -> Case:
@@ -18,4 +19,11 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
     )
 
 
-CASES = [_case(1, 5632), _case(1088, 5632), _case(1088, 5632, trains=True)]
+CASES = [
+    _case(1, LLAMA.intermediate_size),
+    _case(PROMPT, LLAMA.intermediate_size),
+    _case(PROMPT, LLAMA.intermediate_size, trains=True),
+    _case(PROMPT, LLAMA_7B.intermediate_size),
+    _case(BATCH, LLAMA.intermediate_size),
+    _case(BATCH, LLAMA.intermediate_size, trains=True),
+]
