@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 # Waiting threads sleep instead of spinning: on a machine that does other things too, spinning ones take its cores.
 export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu)
 
 .PHONY: setup data demo test check bench sanitize gpu-code soak clean FORCE
 .DELETE_ON_ERROR:
@@ -37,7 +37,7 @@ test: setup data
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_house.py
 
