@@ -79,7 +79,7 @@ def test_long_sums_stay_as_accurate(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [{"grid": (9, 1)}, {"grid": (5, 70), "dim": 24}, {"grid": (20, 20), "dim": 80}])
+@pytest.mark.parametrize("sizes", [{"grid": (9, 1)}, {"grid": (3, 6), "dim": 80}, {"grid": (8, 66), "dim": 16}])
 def test_triton_on_odd_grids(sizes, dtype):
     """Columns in several blocks, rows that fill none, heads that fill no block, softmaxes without correction."""
     given, grid = inputs(**sizes, batch=1, heads=1, dtype=dtype), sizes["grid"]
