@@ -45,6 +45,7 @@ def reference(window=4):
         {"height": 1, "width": 1, "batch": 16, "bias": False},
         {"height": 4, "width": 8, "batch": 1},
         {"height": 4, "width": 6, "batch": 1},
+        {"height": 4, "width": 6, "batch": 4, "bias": False},
         {"window": 1},
         {"height": 16, "width": 16, "dim": 32, "window": 14, "batch": 1, "heads": 1},
         {"batch": 0},
