@@ -179,12 +179,15 @@ def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
+def triton_refusals(*tensors: Tensor) -> list[str]:
+    """Why Triton cannot attend with positions to these, whose last dimension is that of a head."""
+    head_dim = tensors[0].shape[-1]
+    too_wide = head_dim > MAX_TRITON_HEAD_DIM
+    return launch.dot_refusals(*tensors) + [f"heads of {head_dim} are wider than {MAX_TRITON_HEAD_DIM}"] * too_wide
+
+
 def _triton_refusals(q, k, v, rel_pos_h, rel_pos_w, grid) -> list[str]:
-    too_wide = q.shape[-1] > MAX_TRITON_HEAD_DIM
-    return (
-        launch.dot_refusals(q, k, v, rel_pos_h, rel_pos_w)
-        + [f"heads of {q.shape[-1]} are wider than {MAX_TRITON_HEAD_DIM}"] * too_wide
-    )
+    return triton_refusals(q, k, v, rel_pos_h, rel_pos_w)
 
 
 # In order of preference.

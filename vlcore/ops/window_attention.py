@@ -22,7 +22,7 @@ from vlcore.ops.dispatch import (
     once_differentiable,
     statistics,
 )
-from vlcore.ops.rel_pos_attention import MAX_TRITON_HEAD_DIM, rel_pos_attention_reference
+from vlcore.ops.rel_pos_attention import rel_pos_attention_reference, triton_refusals
 
 
 def window_attention_reference(
@@ -161,11 +161,7 @@ def _empty_gradients(qkv, rel_pos_h, rel_pos_w):
 
 
 def _triton_refusals(qkv, qkv_bias, rel_pos_h, rel_pos_w, window) -> list[str]:
-    too_wide = qkv.shape[-1] > MAX_TRITON_HEAD_DIM
-    return (
-        launch.dot_refusals(qkv, rel_pos_h, rel_pos_w)
-        + [f"heads of {qkv.shape[-1]} are wider than {MAX_TRITON_HEAD_DIM}"] * too_wide
-    )
+    return triton_refusals(qkv, rel_pos_h, rel_pos_w)
 
 
 # In order of preference.
