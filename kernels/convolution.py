@@ -62,7 +62,7 @@ def _conv_kernel(
     x_ptrs = x_ptr + _read_by(image, oy, ox, SIDE, CHANNELS)[:, None] + channels[None, :]
     weight_ptrs = weight_ptr + cols[None, :] * (9 * CHANNELS) + channels[:, None]
     alpha = alpha_of(alpha_ptr)
-    STEPS: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_K)
+    STEPS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(9 * STEPS):
         tap, start = step // STEPS, step % STEPS * BLOCK_K
@@ -108,7 +108,7 @@ def _input_gradient_kernel(
     channels = tl.arange(0, BLOCK_K)
     grad_ptrs = grad_y_ptr + rows.to(tl.int64)[:, None] * OUT_CHANNELS + channels[None, :]
     weight_ptrs = weight_ptr + channels[:, None].to(tl.int64) * (9 * CHANNELS) + cols[None, :]
-    STEPS: tl.constexpr = tl.cdiv(OUT_CHANNELS, BLOCK_K)
+    STEPS: tl.constexpr = (OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range((1 + odd_y) * (1 + odd_x) * STEPS):
         tap, start = step // STEPS, step % STEPS * BLOCK_K
@@ -144,7 +144,7 @@ def _weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """grad_weight[tap] = grad_y^T x[tap], the sum over pixels cut into SPLITS parts, each written by itself."""
-    CHANNEL_TILES: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_N)
+    CHANNEL_TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     row_tile, col_tile = tile_at(tl.program_id(0), tl.cdiv(OUT_CHANNELS, BLOCK_M), 9 * CHANNEL_TILES, GROUP)
     tap = col_tile // CHANNEL_TILES
     ty, tx = tap // 3, tap % 3
