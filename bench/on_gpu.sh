@@ -57,9 +57,9 @@ bench=("$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json 
 {
     # For this GPU only.
     CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 95 "$python" setup.py -q build_ext --inplace
-    # A thread each, or they would be in each other's way. Packaging is tested where there is a network.
+    # A thread each, or they would be in each other's way. Packaging, and what draws the demo's pictures, need a network.
     OMP_NUM_THREADS=1 step tests 140 "$python" -m pytest -q --tb=short --junit-xml="$folder/tests.xml" \
-        --ignore=tests/test_packaging.py "${spread[@]}"
+        --ignore=tests/test_packaging.py --ignore=tests/demo "${spread[@]}"
     step tune 75 "$python" -m vlcore.bench.tune --minutes 0.9
     step overhead 20 "${bench[@]}" --overhead
     step operators 105 "${bench[@]}" --no-compile

@@ -71,7 +71,8 @@ def backward(
         how = launch.settings("sequence_attention", "keys", q.device, **sizes)
         keys_kernel[k.shape[0] * k.shape[2], triton.cdiv(k.shape[1], how["BLOCK_N"])](
             q, k, v, turns, cu_seqlens, grad_out, lse, delta, grad_k, grad_v,
-            *_sizes(q, k, v, cu_seqlens, k.shape[2]), factor, scale, **constants, **how,
+            *_sizes(q, k, v, cu_seqlens, k.shape[2]), factor, scale, GROUPED=q.shape[2] != k.shape[2],
+            **constants, **how,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
 

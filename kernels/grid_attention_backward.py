@@ -35,7 +35,7 @@ def load_by_offset(
     """drel of queries by the row of the table that it belongs to, (BLOCK_M, BLOCK_O); `place` is theirs on the axis."""
     key = place[:, None] + (SIZE - 1) - (first + tl.arange(0, BLOCK_O))[None, :]
     mask = (key >= 0) & (key < SIZE) & real[:, None]
-    ptr += key.to(tl.int64) * key_stride + (token.to(tl.int64) * token_stride)[:, None]
+    ptr += key * key_stride + (token * token_stride)[:, None]
     grad = tl.load(ptr, mask=mask, other=0.0)
     for copy in range(1, COPIES):
         grad += tl.load(ptr + copy * copy_stride, mask=mask, other=0.0)

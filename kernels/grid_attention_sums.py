@@ -20,6 +20,7 @@ from .grid_attention import (
     unit_start,
 )
 from .grid_attention_backward import load_by_offset
+from .matrix_product import kept
 
 
 @triton.jit
@@ -86,20 +87,20 @@ def backward_keys_kernel(
         written = (token < count) | WHOLE
         q = load_queries(q_ptr, y, x, real, q_strides, HEAD_DIM, BLOCK_D)
         grad_out = load_queries(grad_out_ptr, y, x, real, grad_out_strides, HEAD_DIM, BLOCK_D)
-        rel_h_at = rel_ptr + rows.to(tl.int64)[:, None] * TOKENS + token[None, :]
+        rel_h_at = rel_ptr + (rows[:, None] * TOKENS + token[None, :])
         rel_h = tl.load(rel_h_at, mask=is_row[:, None] & written[None, :], other=float("-inf"))
-        rel_w_at = rel_ptr + (HEIGHT + columns).to(tl.int64)[:, None] * TOKENS + token[None, :]
+        rel_w_at = rel_ptr + ((HEIGHT + columns)[:, None] * TOKENS + token[None, :])
         rel_w = tl.load(rel_w_at, mask=is_column[:, None] & written[None, :], other=float("-inf"))
         shift = tl.load(statistics_ptr + token, mask=written, other=0.0)
         delta = tl.load(statistics_ptr + TOKENS + token, mask=written, other=0.0)
-        s = tl.reshape(tl.dot(key, q.T, input_precision=PRECISION), (ROWS, BLOCK_X, BLOCK_M))
+        s = tl.reshape(tl.dot(kept(key, first), q.T, input_precision=PRECISION), (ROWS, BLOCK_X, BLOCK_M))
         t = s * (SCALE if EXACT else SCALE * LOG2E) + rel_w[None, :, :]
         p = exponential(t - (shift[None, :] - rel_h)[:, None, :], EXACT)
         if CORRECTED:
             p *= tl.load(statistics_ptr + 2 * TOKENS + token, mask=written, other=0.0)[None, None, :]
         operand = tl.reshape(p, (BLOCK_N, BLOCK_M)).to(grad_out.dtype)
         grad_v = tl.dot(operand, grad_out, grad_v, input_precision=PRECISION)
-        grad_p = tl.reshape(tl.dot(value, grad_out.T, input_precision=PRECISION), p.shape)
+        grad_p = tl.reshape(tl.dot(kept(value, first), grad_out.T, input_precision=PRECISION), p.shape)
         grad_s = tl.reshape(p * (grad_p - delta[None, None, :]), (BLOCK_N, BLOCK_M)).to(q.dtype)
         grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION)
     grad_k *= SCALE

@@ -13,13 +13,13 @@ from . import launch
 
 
 @triton.jit
-def _load_rows(x_ptr, residual_ptr, total_ptr, offsets, mask):
+def _load_rows(x_ptr, residual_ptr, total_ptr, first, cols, mask):
     """A tile of x in float32, or of the total, which is written as it is rounded."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    x = tl.load(x_ptr + first + cols, mask=mask, other=0.0)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        residual = tl.load(residual_ptr + first + cols, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-        tl.store(total_ptr + offsets, x, mask=mask)
+        tl.store(total_ptr + first + cols, x, mask=mask)
     return x.to(tl.float32)
 
 
@@ -76,15 +76,14 @@ def forward_kernel(
     """Of rows that a program holds."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_COLS)
-    offsets = rows[:, None] * num_cols + cols[None, :]
-    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    first, mask = rows[:, None] * num_cols, (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
     zeros = tl.zeros((BLOCK_ROWS,), tl.float32)
     # Asked for ahead of the sums over rows, which all threads wait for.
     weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
-    x = _load_rows(x_ptr, residual_ptr, total_ptr, offsets, mask)
+    x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
     mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, mean_ptr is not None)
     rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
-    tl.store(y_ptr + offsets, (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
+    tl.store(y_ptr + first + cols[None, :], (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
 
 
 @triton.jit
@@ -110,7 +109,7 @@ def wide_forward_kernel(
     for start in range(0, num_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = inside & (cols < num_cols)[None, :]
-        x = _load_rows(x_ptr, residual_ptr, total_ptr, first + cols[None, :], mask)
+        x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
         mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, mean_ptr is not None)
     rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
 
@@ -120,27 +119,27 @@ def wide_forward_kernel(
         x_ptr = total_ptr
     for start in range(0, num_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
-        mask, offsets = inside & (cols < num_cols)[None, :], first + cols[None, :]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mask = inside & (cols < num_cols)[None, :]
+        x = tl.load(x_ptr + first + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
-        tl.store(y_ptr + offsets, (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
+        tl.store(y_ptr + first + cols[None, :], (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
 
 
 @triton.jit
-def _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask):
+def _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, first, cols, mask):
     """Of a tile: the gradient of y, the normalised x_hat, and its gradient."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad_y = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + first + cols, mask=mask, other=0.0).to(tl.float32)
+    grad_y = tl.load(grad_y_ptr + first + cols, mask=mask, other=0.0).to(tl.float32)
     return grad_y, (x - mean[:, None]) * rstd[:, None], grad_y * weight[None, :]
 
 
 @triton.jit
-def _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, offsets, mask):
+def _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, first, cols, mask):
     """across, along: the means of grad_x_hat and of its product with x_hat, which leave a row's norm as it is."""
     grad_x = (grad_x_hat - across[:, None] - x_hat * along[:, None]) * rstd[:, None]
     if grad_total_ptr is not None:
-        grad_x += tl.load(grad_total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(grad_x_ptr + offsets, grad_x, mask=mask)
+        grad_x += tl.load(grad_total_ptr + first + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_x_ptr + first + cols, grad_x, mask=mask)
 
 
 @triton.jit
@@ -186,15 +185,15 @@ def backward_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), PROGRAMS, num_stages=STAGES):
         rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         mean, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, num_rows)
-        offsets, mask = rows[:, None] * num_cols + cols[None, :], (rows < num_rows)[:, None] & within[None, :]
-        grad_y, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask)
+        first, mask = rows[:, None] * num_cols, (rows < num_rows)[:, None] & within[None, :]
+        grad_y, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, first, cols[None, :], mask)
         along = tl.sum(grad_x_hat * x_hat, axis=1) / num_cols
         across = tl.zeros_like(along)
         if mean_ptr is not None:
             across = tl.sum(grad_x_hat, axis=1) / num_cols
             grad_bias += grad_y
         grad_weight += grad_y * x_hat
-        _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, offsets, mask)
+        _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, first, cols[None, :], mask)
 
     weight_sums_ptr, bias_sums_ptr = _program_sums(partial_ptr, num_cols)
     tl.store(weight_sums_ptr + cols, tl.sum(grad_weight, axis=0), mask=within)
@@ -224,16 +223,16 @@ def wide_backward_kernel(
 
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), PROGRAMS):
         rows = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        inside = (rows < num_rows)[:, None]
+        inside, first = (rows < num_rows)[:, None], rows[:, None] * num_cols
         mean, rstd = _load_statistics(mean_ptr, rstd_ptr, rows, num_rows)
 
         products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
         sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
         for start in tl.range(0, num_cols, BLOCK_COLS, num_stages=STAGES):
             cols = start + tl.arange(0, BLOCK_COLS)
-            offsets, mask = rows[:, None] * num_cols + cols[None, :], inside & (cols < num_cols)[None, :]
+            mask = inside & (cols < num_cols)[None, :]
             weight = tl.load(weight_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
-            _, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask)
+            _, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, first, cols[None, :], mask)
             products += grad_x_hat * x_hat
             if mean_ptr is not None:
                 sums += grad_x_hat
@@ -244,10 +243,14 @@ def wide_backward_kernel(
         for start in tl.range(0, num_cols, BLOCK_COLS):
             cols = start + tl.arange(0, BLOCK_COLS)
             within = cols < num_cols
-            offsets, mask = rows[:, None] * num_cols + cols[None, :], inside & within[None, :]
+            mask = inside & within[None, :]
             weight = tl.load(weight_ptr + cols, mask=within, other=0.0).to(tl.float32)
-            grad_y, x_hat, grad_x_hat = _load_gradients(grad_y_ptr, x_ptr, weight, mean, rstd, offsets, mask)
-            _store_grad_x(grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, offsets, mask)
+            grad_y, x_hat, grad_x_hat = _load_gradients(
+                grad_y_ptr, x_ptr, weight, mean, rstd, first, cols[None, :], mask
+            )
+            _store_grad_x(
+                grad_x_hat, x_hat, across, along, rstd, grad_total_ptr, grad_x_ptr, first, cols[None, :], mask
+            )
             known = within & (tile >= PROGRAMS)
             before = tl.load(weight_sums_ptr + cols, mask=known, other=0.0)
             tl.store(weight_sums_ptr + cols, before + tl.sum(grad_y * x_hat, axis=0), mask=within)

@@ -13,6 +13,7 @@ import math
 import triton
 import triton.language as tl
 
+from .matrix_product import kept
 from .rotary import turn
 
 # Below any score, and finite: nothing is subtracted from infinity where a block holds no key that a query sees.
@@ -180,7 +181,7 @@ def _attend(
         v = load_rows(
             v_base, start, end, v_token, value_cols, real_value_cols, BLOCK_N, not MASKED, HEAD_DIM == BLOCK_D
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(kept(q, start), tl.trans(k), input_precision=PRECISION)
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
             visible = keys[None, :] < end_keys[:, None]

@@ -8,6 +8,7 @@ grad_k = scale * grad_scores^T q; with rotary turns, q and k are rotated, and th
 import triton
 import triton.language as tl
 
+from .matrix_product import kept
 from .rotary import turn
 from .sequence_attention import (
     LOG2_E,
@@ -65,7 +66,7 @@ def _gather_queries(
     for start in range(begin, end, BLOCK_N):
         k = load_rows(k_base, start, end, k_token, key_cols, real_key_cols, BLOCK_N, not MASKED, ALL_COLS)
         v = load_rows(v_base, start, end, v_token, cols, real, BLOCK_N, not MASKED, ALL_COLS)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(kept(q, start), tl.trans(k), input_precision=PRECISION)
         p = exponentials(scores, lse[:, None], factor, q.dtype == tl.float32)
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
@@ -73,7 +74,7 @@ def _gather_queries(
             if PACKED:
                 visible &= keys[None, :] >= first_keys[:, None]
             p = tl.where(visible, p, 0.0)
-        grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        grad_p = tl.dot(kept(grad_out, start), tl.trans(v), input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[:, None])
         acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
     return acc
@@ -140,36 +141,51 @@ def queries_kernel(
 
 
 @triton.jit
+def _add_block(
+    grad_k, grad_v, k, v, q_base, q_token, grad_out_base, grad_out_token, lse_base, delta_base,
+    start, end, first_queries, end_queries, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_k + grad_scores^T q and grad_v + p^T grad_out over the block of queries from `start`: those from `end` on
+    are zero, and add nothing."""
+    query_cols, real_query_cols = columns(HEAD_DIM, BLOCK_D, ROTARY)
+    cols, real = columns(HEAD_DIM, BLOCK_D, False)
+    ALL_COLS: tl.constexpr = HEAD_DIM == BLOCK_D
+    q = load_rows(q_base, start, end, q_token, query_cols, real_query_cols, BLOCK_M, False, ALL_COLS)
+    grad_out = load_rows(grad_out_base, start, end, grad_out_token, cols, real, BLOCK_M, False, ALL_COLS)
+    queries = start + tl.arange(0, BLOCK_M)
+    lse = _in_units(tl.load(lse_base + queries, mask=queries < end, other=0.0), q.dtype == tl.float32)
+    delta = tl.load(delta_base + queries, mask=queries < end, other=0.0)
+    if q.dtype == tl.float32:
+        # The very scores of the forward, whose roundings are then those of the denominators too.
+        scores = tl.trans(tl.dot(q * factor, tl.trans(kept(k, start)), input_precision=PRECISION))
+    else:
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = exponentials(scores, lse[None, :], factor, q.dtype == tl.float32)
+    if MASKED:
+        visible = (queries[None, :] >= first_queries[:, None]) & (queries[None, :] < end_queries[:, None])
+        p = tl.where(visible, p, 0.0)
+    grad_v = tl.dot(p.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
+    grad_p = tl.dot(kept(v, start), tl.trans(grad_out), input_precision=PRECISION)
+    grad_scores = p * (grad_p - delta[None, :])
+    grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
 def _gather_keys(
     grad_k, grad_v, k, v, q_base, q_token, grad_out_base, grad_out_token, lse_base, delta_base,
     begin, end, first_queries, end_queries, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_k + grad_scores^T q and grad_v + p^T grad_out over the blocks of queries from `begin` to `end`: those past
-    the end are zero, and add nothing."""
-    query_cols, real_query_cols = columns(HEAD_DIM, BLOCK_D, ROTARY)
-    cols, real = columns(HEAD_DIM, BLOCK_D, False)
-    ALL_COLS: tl.constexpr = HEAD_DIM == BLOCK_D
+    """`_add_block` over the blocks of queries from `begin` to `end`."""
     for start in range(begin, end, BLOCK_M):
-        q = load_rows(q_base, start, end, q_token, query_cols, real_query_cols, BLOCK_M, False, ALL_COLS)
-        grad_out = load_rows(grad_out_base, start, end, grad_out_token, cols, real, BLOCK_M, False, ALL_COLS)
-        queries = start + tl.arange(0, BLOCK_M)
-        lse = _in_units(tl.load(lse_base + queries, mask=queries < end, other=0.0), q.dtype == tl.float32)
-        delta = tl.load(delta_base + queries, mask=queries < end, other=0.0)
-        if q.dtype == tl.float32:
-            # The very scores of the forward, whose roundings are then those of the denominators too.
-            scores = tl.trans(tl.dot(q * factor, tl.trans(k), input_precision=PRECISION))
-        else:
-            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = exponentials(scores, lse[None, :], factor, q.dtype == tl.float32)
-        if MASKED:
-            visible = (queries[None, :] >= first_queries[:, None]) & (queries[None, :] < end_queries[:, None])
-            p = tl.where(visible, p, 0.0)
-        grad_v = tl.dot(p.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
-        grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-        grad_scores = p * (grad_p - delta[None, :])
-        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+        grad_k, grad_v = _add_block(
+            grad_k, grad_v, k, v, q_base, q_token, grad_out_base, grad_out_token, lse_base, delta_base,
+            start, end, first_queries, end_queries, factor, HEAD_DIM, BLOCK_D, BLOCK_M, ROTARY, MASKED, PRECISION,
+        )  # fmt: skip
     return grad_k, grad_v
 
 
@@ -179,7 +195,7 @@ def keys_kernel(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     num_queries, num_keys, num_sequences, kv_heads, group, factor, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
-    ROTARY: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ROTARY: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of one block of keys of one head, from all the heads of queries that see it. q and k come
@@ -214,11 +230,22 @@ def keys_kernel(
 
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for member in range(0, group):
-        query_head = head * group + member
-        q_base = q_ptr + batch * q_batch + query_head * q_head
-        grad_out_base = grad_out_ptr + (batch * num_queries * heads + query_head) * HEAD_DIM
-        statistics = (batch * heads + query_head) * num_queries
+    if GROUPED:
+        # One loop over the blocks of all members, each of them masked: loops within a loop hold too many registers.
+        blocks = tl.cdiv(stop - begin, BLOCK_M)
+        for step in range(0, group * blocks):
+            query_head = head * group + step // blocks
+            statistics = (batch * heads + query_head) * num_queries
+            grad_k, grad_v = _add_block(
+                grad_k, grad_v, k, v, q_ptr + batch * q_batch + query_head * q_head, q_token,
+                grad_out_ptr + (batch * num_queries * heads + query_head) * HEAD_DIM, heads * HEAD_DIM,
+                lse_ptr + statistics, delta_ptr + statistics, begin + step % blocks * BLOCK_M, stop, first, end, factor,
+                HEAD_DIM, BLOCK_D, BLOCK_M, ROTARY, PACKED or CAUSAL, PRECISION,
+            )  # fmt: skip
+    else:
+        q_base = q_ptr + batch * q_batch + head * q_head
+        grad_out_base = grad_out_ptr + (batch * num_queries * heads + head) * HEAD_DIM
+        statistics = (batch * heads + head) * num_queries
         if PACKED or CAUSAL:
             grad_k, grad_v = _gather_keys(
                 grad_k, grad_v, k, v, q_base, q_token, grad_out_base, heads * HEAD_DIM, lse_ptr + statistics,

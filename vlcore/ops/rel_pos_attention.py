@@ -179,15 +179,19 @@ def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-def triton_refusals(*tensors: Tensor) -> list[str]:
-    """Why Triton cannot attend with positions to these, whose last dimension is that of a head."""
-    head_dim = tensors[0].shape[-1]
-    too_wide = head_dim > MAX_TRITON_HEAD_DIM
-    return launch.dot_refusals(*tensors) + [f"heads of {head_dim} are wider than {MAX_TRITON_HEAD_DIM}"] * too_wide
+def triton_refusals(grid: tuple[int, int], *tensors: Tensor) -> list[str]:
+    """Why Triton cannot attend with positions in such a grid to these, whose last dimension is that of a head."""
+    head_dim, (height, width) = tensors[0].shape[-1], grid
+    reasons = {
+        f"heads of {head_dim} are wider than {MAX_TRITON_HEAD_DIM}": head_dim > MAX_TRITON_HEAD_DIM,
+        # Where drel stands is counted in 32 bits.
+        f"{height} x {width} are too many places": height * width * max(height * -(-width // 16), width) >= 1 << 31,
+    }
+    return launch.dot_refusals(*tensors) + [reason for reason, applies in reasons.items() if applies]
 
 
 def _triton_refusals(q, k, v, rel_pos_h, rel_pos_w, grid) -> list[str]:
-    return triton_refusals(q, k, v, rel_pos_h, rel_pos_w)
+    return triton_refusals(grid, q, k, v, rel_pos_h, rel_pos_w)
 
 
 # In order of preference.

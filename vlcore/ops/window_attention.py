@@ -161,7 +161,7 @@ def _empty_gradients(qkv, rel_pos_h, rel_pos_w):
 
 
 def _triton_refusals(qkv, qkv_bias, rel_pos_h, rel_pos_w, window) -> list[str]:
-    return triton_refusals(qkv, rel_pos_h, rel_pos_w)
+    return triton_refusals((window, window), qkv, rel_pos_h, rel_pos_w)
 
 
 # In order of preference.
