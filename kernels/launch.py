@@ -59,6 +59,16 @@ def worthwhile(x: Tensor, *others) -> bool:
     return x.is_cuda and not INTERPRETED
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes 2 us for it outside of a kernel."""
+    return -(-a // b)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least a number, which is not negative: 0 of 0, as Triton has it."""
+    return 1 << (number - 1).bit_length() if number > 0 else 0
+
+
 @cache
 def architecture(index: int | None) -> str:
     """The table that a GPU is launched by. The data centre's Hopper and Blackwell have their own; that of sm_80 fits

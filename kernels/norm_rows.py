@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 
 
 @triton.jit
@@ -293,9 +293,9 @@ def forward(
     num_rows, settings = rstd.numel(), _settings(operator, "forward", x)
     if num_rows:
         kernel = forward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_forward_kernel
-        kernel[(triton.cdiv(num_rows, settings["BLOCK_ROWS"]),)](
-            x, residual, weight, bias, y, total, mean, rstd, num_rows, num_cols, eps, **settings
-        )
+        tensors = x, residual, weight, bias, y, total, mean, rstd
+        grid = (launch.ceil_div(num_rows, settings["BLOCK_ROWS"]),)
+        direct_launch.run(kernel, grid, tensors, (num_rows, num_cols, eps), settings)
     return y, total, mean, rstd
 
 
@@ -312,20 +312,18 @@ def backward(
     grad_weight (N,) and, with a mean, grad_bias (N,)."""
     num_rows, num_cols = rstd.numel(), x.shape[-1]
     settings = _settings(operator, "backward", x)
-    num_partials = min(triton.cdiv(num_rows, settings["BLOCK_ROWS"]), settings["PROGRAMS"])
+    num_partials = min(launch.ceil_div(num_rows, settings["BLOCK_ROWS"]), settings["PROGRAMS"])
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     grad_bias = None if mean is None else torch.empty_like(weight)
     kinds = 1 if mean is None else 2
     partial = x.new_empty((kinds, num_partials, num_cols), dtype=torch.float32)
     if num_rows:
         kernel = backward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_backward_kernel
-        kernel[(num_partials,)](
-            grad_y, grad_total, x, weight, mean, rstd, grad_x, partial, num_rows, num_cols, **settings
-        )
+        tensors = grad_y, grad_total, x, weight, mean, rstd, grad_x, partial
+        direct_launch.run(kernel, (num_partials,), tensors, (num_rows, num_cols), settings)
     settings = launch.settings(operator, "sum", x.device)
-    sum_kernel[(triton.cdiv(num_cols, settings["BLOCK_COLS"]), kinds)](
-        partial, grad_weight, grad_bias, num_partials, num_cols, **settings
-    )
+    grid = launch.ceil_div(num_cols, settings["BLOCK_COLS"]), kinds
+    direct_launch.run(sum_kernel, grid, (partial, grad_weight, grad_bias), (num_partials, num_cols), settings)
     return grad_x, grad_weight, grad_bias
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _as_rows(*tensors: Tensor) -> list[Tensor]:
 def _sizes(gate: Tensor, up: Tensor, block: int) -> tuple[tuple[int], tuple[int, int, int]]:
     """The grid, and what a kernel wants to know of strides and columns."""
     num_rows, num_cols = gate.shape
-    return (num_rows * triton.cdiv(num_cols, block),), (gate.stride(0), up.stride(0), num_cols)
+    return (num_rows * launch.ceil_div(num_cols, block),), (gate.stride(0), up.stride(0), num_cols)
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     settings = launch.settings("swiglu", "forward", gate.device, bits=8 * gate.element_size())
     grid, sizes = _sizes(gate, up, settings["BLOCK"])
     if grid[0]:
-        _forward_kernel[grid](gate, up, y, *sizes, **settings)
+        direct_launch.run(_forward_kernel, grid, (gate, up, y), sizes, settings)
     return y
 
 
@@ -86,5 +86,5 @@ def backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     settings = launch.settings("swiglu", "backward", gate.device, bits=8 * gate.element_size())
     grid, sizes = _sizes(gate, up, settings["BLOCK"])
     if grid[0]:
-        _backward_kernel[grid](grad_y, gate, up, grad_gate, grad_up, *sizes, **settings)
+        direct_launch.run(_backward_kernel, grid, (grad_y, gate, up, grad_gate, grad_up), sizes, settings)
     return grad_gate, grad_up
