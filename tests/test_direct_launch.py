@@ -1,11 +1,17 @@
 """Launching compiled kernels directly: Triton's launcher is called as Triton itself calls it, or Triton does it."""
 
 import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
 
+from vlcore import ops
 from vlcore.kernels import launch
 
 if not launch.AVAILABLE:
@@ -19,6 +25,7 @@ from vlcore.bench.launches import watched
 from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
 from vlcore.kernels import direct_launch
 
+ROOT = Path(__file__).parent.parent
 GRID = (2, 3)
 SETTINGS = {"BLOCK": 16, "NEGATED": False, "num_warps": 2}
 ARGUMENTS_BEFORE = 9
@@ -259,3 +266,16 @@ def test_threads_launch_what_they_are_given(driver, kernel, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(arguments(launched)[4] for launched in driver.launches) == [n for n in range(2, 8) for _ in range(50)]
+
+
+def test_every_launcher_s_second_launch_is_direct_and_triton_s():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.launch_everything"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"(\w+).*: (\d+) of (\d+)", done.stdout)
+    assert all(direct == launched != "0" for _, direct, launched in found), done.stdout
+    with_triton = {
+        name for name in ops.__all__ if "triton" in getattr(sys.modules.get(f"vlcore.ops.{name}"), "KERNELS", ())
+    }
+    assert {name for name, _, _ in found} == with_triton
