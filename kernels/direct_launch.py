@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 # What is forgotten is only looked up by Triton again.
 MAX_KEPT = 4096
 # Of JITFunction.run as Triton has it: what watches launches puts another in its place, and has to be called.
-_TRITONS_RUN = JITFunction.run if JITFunction.run.__module__ == JITFunction.__module__ else None
+TRITONS_RUN = JITFunction.run if JITFunction.run.__module__ == JITFunction.__module__ else None
 
 
 class _Kept(NamedTuple):
@@ -51,7 +51,7 @@ def run(
         numbers: ints, floats and bools, and tuples of ints.
         settings: the kernel's other parameters, all constexpr, and num_warps and num_stages.
     """
-    if type(kernel).run is not _TRITONS_RUN or _is_observed(kernel):
+    if type(kernel).run is not TRITONS_RUN or _is_observed(kernel):
         kernel[grid](*tensors, *numbers, enable_fp_fusion=True, **settings)
         return
     dtypes: list[Any] = []

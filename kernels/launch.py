@@ -21,12 +21,17 @@ MAX_BLOCK = 65536
 
 def refusals(*tensors: Tensor) -> list[str]:
     """Why Triton cannot run these tensors."""
-    on_gpu = all(tensor.is_cuda for tensor in tensors)
+    on_gpu, wide = True, False
+    for tensor in tensors:
+        on_gpu, wide = on_gpu and tensor.is_cuda, wide or tensor.dtype == torch.float64
+    too_old = on_gpu and _too_old(tensors[0].device.index)
+    if AVAILABLE and (on_gpu or INTERPRETED) and not too_old and not wide:
+        return []
     reasons = {
         "Triton is not installed": not AVAILABLE,
         "Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1)": not (INTERPRETED or on_gpu),
-        "it needs a GPU since Ampere (compute capability 8.0)": on_gpu and _too_old(tensors[0].device.index),
-        "it computes in float32, too coarse for float64": any(tensor.dtype == torch.float64 for tensor in tensors),
+        "it needs a GPU since Ampere (compute capability 8.0)": too_old,
+        "it computes in float32, too coarse for float64": wide,
     }
     return [reason for reason, applies in reasons.items() if applies]
 
@@ -50,8 +55,10 @@ def dot_refusals(*tensors: Tensor) -> list[str]:
 
 def row_refusals(x: Tensor, *others: Tensor) -> list[str]:
     """Why Triton cannot run a kernel on the rows of x (..., N)."""
-    fits = 1 <= x.shape[-1] <= MAX_BLOCK
-    return refusals(x, *others) + [f"a row of {x.shape[-1]} is not in 1..{MAX_BLOCK}"] * (not fits)
+    reasons = refusals(x, *others)
+    if not 1 <= x.shape[-1] <= MAX_BLOCK:
+        reasons.append(f"a row of {x.shape[-1]} is not in 1..{MAX_BLOCK}")
+    return reasons
 
 
 def worthwhile(x: Tensor, *others) -> bool:
@@ -67,6 +74,16 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(number: int) -> int:
     """The smallest power of two that is at least a number, which is not negative: 0 of 0, as Triton has it."""
     return 1 << (number - 1).bit_length() if number > 0 else 0
+
+
+def row_statistics(x: Tensor) -> Tensor:
+    """An empty float32 number for each row of x (..., N): of its shape less the last dimension."""
+    shape = x.shape[:-1]
+    if len(shape) > 2:
+        return x.new_empty(shape, dtype=torch.float32)
+    # Half the time of new_empty.
+    strides = (1,) if len(shape) == 1 else (max(shape[1], 1), 1) if shape else ()
+    return torch.empty_strided(shape, strides, dtype=torch.float32, device=x.device)
 
 
 @cache

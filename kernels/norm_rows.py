@@ -51,7 +51,8 @@ def _load_scale(weight_ptr, bias_ptr, cols, num_cols):
 @triton.jit
 def _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps):
     rstd = tl.rsqrt(squares / num_cols + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     return rstd
@@ -82,7 +83,7 @@ def forward_kernel(
     # Asked for ahead of the sums over rows, which all threads wait for.
     weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
     x = _load_rows(x_ptr, residual_ptr, total_ptr, offsets, mask)
-    mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, mean_ptr is not None)
+    mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, bias_ptr is not None)
     rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
     tl.store(y_ptr + offsets, (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
 
@@ -111,7 +112,7 @@ def wide_forward_kernel(
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = inside & (cols < num_cols)[None, :]
         x = _load_rows(x_ptr, residual_ptr, total_ptr, first + cols[None, :], mask)
-        mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, mean_ptr is not None)
+        mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, bias_ptr is not None)
     rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
 
     if residual_ptr is not None:
@@ -282,15 +283,22 @@ def sum_kernel(
 
 
 def forward(
-    operator: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """x, residual (..., N) contiguous -> y and, with a residual, the total (..., N) of x's dtype; the mean, with a
-    bias, and rstd (...) float32."""
+    operator: str,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    keep: bool,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x, residual (..., N) contiguous -> y and, with a residual, the total (..., N) of x's dtype; if they are to be
+    kept the mean, with a bias, and rstd (...) float32."""
     num_cols = x.shape[-1]
-    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    mean = None if bias is None else torch.empty_like(rstd)
-    num_rows, settings = rstd.numel(), _settings(operator, "forward", x)
+    rstd = launch.row_statistics(x) if keep else None
+    mean = None if rstd is None or bias is None else torch.empty_like(rstd)
+    num_rows, settings = x.numel() // num_cols, _settings(operator, "forward", x)
     if num_rows:
         kernel = forward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_forward_kernel
         tensors = x, residual, weight, bias, y, total, mean, rstd

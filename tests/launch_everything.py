@@ -107,7 +107,7 @@ def main() -> None:
         for name, call in calls().items():
             launched(driver, call)
             direct = launched(driver, call)
-            with patch.object(direct_launch, "_TRITONS_RUN", None):
+            with patch.object(direct_launch, "TRITONS_RUN", None):
                 by_triton = launched(driver, call)
             found = [compare(*pair) for pair in zip(direct, by_triton, strict=True)]
             print(f"{name}: {sum(found)} of {len(found)}")

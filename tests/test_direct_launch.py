@@ -268,14 +268,32 @@ def test_threads_launch_what_they_are_given(driver, kernel, monkeypatch):
     assert sorted(arguments(launched)[4] for launched in driver.launches) == [n for n in range(2, 8) for _ in range(50)]
 
 
-def test_every_launcher_s_second_launch_is_direct_and_triton_s():
+def printed(*arguments):
+    """By Python without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.launch_everything"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"(\w+).*: (\d+) of (\d+)", done.stdout)
-    assert all(direct == launched != "0" for _, direct, launched in found), done.stdout
+    return done.stdout
+
+
+def test_every_launcher_s_second_launch_is_direct_and_triton_s():
+    lines = printed("-m", "tests.launch_everything")
+    found = re.findall(r"(\w+).*: (\d+) of (\d+)", lines)
+    assert all(direct == launched != "0" for _, direct, launched in found), lines
     with_triton = {
         name for name in ops.__all__ if "triton" in getattr(sys.modules.get(f"vlcore.ops.{name}"), "KERNELS", ())
     }
     assert {name for name, _, _ in found} == with_triton
+
+
+def test_what_a_launch_costs_is_measured_without_a_gpu():
+    program = """
+import torch
+from vlcore.bench import overhead, report, timing
+timing.CALLED_TURNS = 3
+for found in overhead.launched(torch.float32, ("swiglu", "attention")):
+    print(report.line(found))
+"""
+    shape = r"call of (\w+) on Triton without a GPU  .*, gradients (.*)  float32"
+    found = re.findall(rf"{shape}  launched directly [\d.]+ µs .*  launched by Triton [\d.]+x", printed("-c", program))
+    assert found == [(name, kept) for name in ("swiglu", "attention") for kept in ("not recorded", "recorded")]
