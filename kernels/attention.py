@@ -29,14 +29,15 @@ def forward(
         cu_seqlens: (num_sequences + 1,) int32, on q's device.
         turns: (B, Tk, D) float32, cosines and sines of the keys' positions: k is rotated by them, and q is yet to be.
     """
-    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    batch, tokens, heads, _ = q.shape
+    out, lse = q.new_empty(*q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if not out.numel():
         return out, lse
     q, k, v = (_readable(x) for x in (q, k, v))
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
     how = launch.settings("sequence_attention", "forward", q.device, **sizes)
-    grid = q.shape[0] * q.shape[2], launch.ceil_div(q.shape[1], how["BLOCK_M"])
-    numbers = (*_sizes(q, k, v, cu_seqlens, q.shape[2]), factor)
+    grid = batch * heads, launch.ceil_div(tokens, how["BLOCK_M"])
+    numbers = (*_sizes(q, k, v, cu_seqlens, heads), factor)
     direct_launch.run(forward_kernel, grid, (q, k, v, turns, cu_seqlens, out, lse), numbers, constants | how)
     return out, lse
 
@@ -55,7 +56,7 @@ def backward(
     q_turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> grad_q, grad_k, grad_v; `q_turned` is q rotated, where there are turns."""
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (x.new_empty(*x.shape) for x in (q, k, v))
     delta, grad_out = torch.empty_like(lse), grad_out.contiguous()
     q, k, v = (_readable(x) for x in (q, k, v))
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)

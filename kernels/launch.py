@@ -78,12 +78,8 @@ def next_power_of_2(number: int) -> int:
 
 def row_statistics(x: Tensor) -> Tensor:
     """An empty float32 number for each row of x (..., N): of its shape less the last dimension."""
-    shape = x.shape[:-1]
-    if len(shape) > 2:
-        return x.new_empty(shape, dtype=torch.float32)
-    # Half the time of new_empty.
-    strides = (1,) if len(shape) == 1 else (max(shape[1], 1), 1) if shape else ()
-    return torch.empty_strided(shape, strides, dtype=torch.float32, device=x.device)
+    # Sizes one by one are taken in half the time that a torch.Size is.
+    return x.new_empty(*x.shape[:-1], dtype=torch.float32) if x.ndim > 1 else x.new_empty((), dtype=torch.float32)
 
 
 @cache

@@ -298,7 +298,8 @@ def forward(
     total = None if residual is None else torch.empty_like(x)
     rstd = launch.row_statistics(x) if keep else None
     mean = None if rstd is None or bias is None else torch.empty_like(rstd)
-    num_rows, settings = x.numel() // num_cols, _settings(operator, "forward", x)
+    num_rows = x.numel() // num_cols
+    settings = launch.settings(operator, "forward", x.device, cols=num_cols, bits=8 * x.element_size())
     if num_rows:
         kernel = forward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_forward_kernel
         tensors = x, residual, weight, bias, y, total, mean, rstd
@@ -319,7 +320,7 @@ def backward(
     """grad_y, x, grad_total (..., N) contiguous; rstd, mean (...) -> grad_x (..., N), which grad_total is added to;
     grad_weight (N,) and, with a mean, grad_bias (N,)."""
     num_rows, num_cols = rstd.numel(), x.shape[-1]
-    settings = _settings(operator, "backward", x)
+    settings = launch.settings(operator, "backward", x.device, cols=num_cols, bits=8 * x.element_size())
     num_partials = min(launch.ceil_div(num_rows, settings["BLOCK_ROWS"]), settings["PROGRAMS"])
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     grad_bias = None if mean is None else torch.empty_like(weight)
@@ -333,7 +334,3 @@ def backward(
     grid = launch.ceil_div(num_cols, settings["BLOCK_COLS"]), kinds
     direct_launch.run(sum_kernel, grid, (partial, grad_weight, grad_bias), (num_partials, num_cols), settings)
     return grad_x, grad_weight, grad_bias
-
-
-def _settings(operator: str, kernel: str, x: Tensor) -> dict[str, int]:
-    return launch.settings(operator, kernel, x.device, cols=x.shape[-1], bits=8 * x.element_size())

@@ -119,7 +119,7 @@ def rotate(x: Tensor, positions: Tensor, theta: float, backwards: bool = False, 
         turns: (B, T, D) float32, is filled with each position's cosines, then its sines.
     """
     batch, tokens, heads, head_dim = x.shape
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if not y.numel():
         return y

@@ -36,8 +36,8 @@ def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
 
 def rows(x: Tensor) -> tuple[int, int]:
     """How many rows x (..., N) has, and N."""
-    shape = x.shape
-    return shape[:-1].numel(), shape[-1]
+    cols = x.shape[-1]
+    return x.numel() // cols if cols else x.shape[:-1].numel(), cols
 
 
 def run_cuda(kernel: str, x: Tensor, *args) -> None:

@@ -157,9 +157,9 @@ def apply(function: type[torch.autograd.Function], *arguments):
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
-                if _is_watched(arguments):
+                if _is_compiling() or _is_transformed():
                     return function.apply(*arguments)
-                # What torch does behind its preparations for functorch.
+                # What torch does behind its preparations for functorch; whoever else watches sees the operators.
                 return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
     return function.forward(_Forgetful(), *arguments)
 
