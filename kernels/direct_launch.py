@@ -69,7 +69,7 @@ def run(
     active = driver.active
     device = active.get_current_device()
     # Numbers as they are, though Triton asks only for some of their properties; their types tell 1 from 1.0 and True.
-    key = id(kernel), active, device, *dtypes, numbers, *map(type, numbers), *settings.items()
+    key = id(kernel), device, *dtypes, numbers, *map(type, numbers), *settings.items()
     kept = None if together % 16 else _kept.get(key)
     if kept is None:
         compiled = kernel[grid](*tensors, *numbers, enable_fp_fusion=True, **settings)
@@ -87,7 +87,6 @@ def _is_observed(kernel: Any) -> bool:
     runtime = knobs.runtime
     return (
         runtime.debug
-        or kernel.debug
         or kernel.pre_run_hooks
         or knobs.compilation.instrumentation_mode
         or runtime.add_stages_inspection_hook is not None

@@ -131,6 +131,12 @@ def test_torch_sees_the_operators_wherever_it_looks(requires_grad):
     assert any("rms_norm_forward" in str(node.target) for node in graph.graph.nodes)
 
 
+def test_a_transform_that_no_operator_knows_is_refused_by_torch():
+    weight = torch.randn(8)
+    with pytest.raises(RuntimeError, match="functorch transforms.* setup_context"):
+        torch.func.grad(lambda x: dispatch.apply(RMSNorm, x, weight, 1e-6, "torch").sum())(torch.randn(3, 8))
+
+
 def test_what_is_on_meta_is_not_computed():
     def fail(x):
         raise AssertionError("it runs")
