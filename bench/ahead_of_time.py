@@ -6,11 +6,10 @@ The operators are called on the benches' inputs, on the CPU; where a launcher wo
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
-from unittest.mock import patch
 
 from vlcore.bench import machine_code
 from vlcore.bench.command import DTYPES
@@ -18,6 +17,7 @@ from vlcore.bench.gpu_cases import gpu_cases
 from vlcore.bench.harness import Case, Maker, values
 from vlcore.bench.launches import Entry, Tried, watched
 from vlcore.bench.shapes_only import ShapesOnly
+from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
 from vlcore.kernels import launch
 
 MEASURES = ("registers", "spills", "stack", "shared", "warps")
@@ -25,38 +25,6 @@ MEASURES = ("registers", "spills", "stack", "shared", "warps")
 DOT = re.compile(r"tt\.dot\b.*: tensor<(\d+)x\d+x(?:bf16|f16)>")
 
 Record = dict[str, Any]
-
-
-class _Driver:
-    """Stands in for that of a GPU: Triton asks it what to compile for."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def as_on_a_gpu(architecture: str, capability: int) -> Iterator[None]:
-    """Triton compiles for a compute capability, such as 90, by the tables of an architecture, and its kernels take the
-    tensors of a CPU."""
-    from triton.runtime import driver
-
-    driver.set_active(_Driver(capability))
-    with (
-        patch.object(launch, "architecture", lambda index: architecture),
-        patch.object(launch, "refusals", lambda *tensors: []),
-    ):
-        yield
 
 
 def compiled(case: Case, dtype: str, tried: Tried | None = None) -> list[Record]:
@@ -109,7 +77,7 @@ def compile_all(architecture: str, operators: Sequence[str], dtypes: Sequence[st
     import triton
 
     records, failures = [], []
-    with as_on_a_gpu(architecture, int(architecture.removeprefix("sm_"))):
+    with in_place_of_a_gpu(Driver(int(architecture.removeprefix("sm_"))), architecture):
         for operator in operators:
             if "triton" not in import_module(f"vlcore.ops.{operator}").KERNELS:
                 continue

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -37,6 +38,9 @@ Tried = Mapping[Entry, dict[str, int]]
 def watched(watcher: Watcher, tried: Tried | None = None) -> Iterator[None]:
     """Within it, `watcher` is called at every launch, and an entry is taken as `tried` gives it where it does."""
     from triton.runtime.jit import JITFunction
+
+    # What launches kernels directly has to have seen Triton's own way before another is in its place.
+    import_module("vlcore.kernels.direct_launch")
 
     asked: list[tuple[Entry, dict[str, int]]] = []
     run = JITFunction.run

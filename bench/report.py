@@ -29,7 +29,7 @@ def line(found: Measurement) -> str:
 
 def _time(seconds: float) -> str:
     if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} µs"
+        return f"{seconds * 1e6:.{int(seconds < 1e-5)}f} µs"
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 

@@ -10,11 +10,12 @@ from importlib import import_module
 import torch
 
 from vlcore.bench import harness, timing
-from vlcore.bench.ahead_of_time import as_on_a_gpu, compiled
+from vlcore.bench.ahead_of_time import compiled
 from vlcore.bench.command import DTYPES
 from vlcore.bench.gpu_cases import gpu_cases
 from vlcore.bench.harness import Case, Maker
 from vlcore.bench.launches import Entry, Tried, watched
+from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
 from vlcore.kernels import launch
 
 Settings = dict[str, int]
@@ -93,7 +94,7 @@ def _order(entry: Entry) -> tuple:
 def spills(run: Run, architecture: str, capability: int, tried: Tried | None = None) -> dict[Entry, int]:
     """How many registers spill what a run launches with each entry of a table; compiles it, for which no GPU is needed,
     into Triton's cache on disk."""
-    with as_on_a_gpu(architecture, capability):
+    with in_place_of_a_gpu(Driver(capability), architecture):
         records = compiled(run.case, run.dtype, tried)
     found: dict[Entry, int] = {}
     for record in records:

@@ -29,7 +29,7 @@ bool multiplies_tiles();
 // memory is read a quarter faster from them. Where there are none it does nothing.
 void prefer_huge_pages(void* memory, int64_t size);
 
-// x, y (rows, cols); weight (cols); rstd (rows).
+// x, y (rows, cols); weight (cols); rstd (rows), which a forward writes unless it is null.
 void rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t rows, int64_t cols, float eps,
                       Target target);
 
@@ -44,7 +44,8 @@ void add_rms_norm_backward(const void* grad_y, const void* grad_total, const voi
                            const float* rstd, void* grad_sum, void* grad_weight, int64_t rows, int64_t cols,
                            Target target);
 
-// x, y (rows, cols); weight, bias (cols); mean, rstd (rows); grad_weight_and_bias (2, cols).
+// x, y (rows, cols); weight, bias (cols); mean, rstd (rows), which a forward writes unless they are null;
+// grad_weight_and_bias (2, cols).
 void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* mean, float* rstd,
                         int64_t rows, int64_t cols, float eps, Target target);
 void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* mean, const float* rstd,

@@ -5,9 +5,11 @@ from torch import Tensor
 from . import norm_rows
 
 
-def forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual (..., N) contiguous -> y, total (..., N) of x's dtype, rstd (...) float32."""
-    y, total, _, rstd = norm_rows.forward("add_rms_norm", x, weight, eps, residual=residual)
+def forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, residual (..., N) contiguous -> y, total (..., N) of x's dtype, and rstd (...) float32 if it is to be kept."""
+    y, total, _, rstd = norm_rows.forward("add_rms_norm", x, weight, eps, keep, residual=residual)
     assert total is not None
     return y, total, rstd
 

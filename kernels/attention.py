@@ -4,10 +4,9 @@ import math
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 from .sequence_attention import forward_kernel
 from .sequence_attention_backward import keys_kernel, queries_kernel
 
@@ -30,15 +29,16 @@ def forward(
         cu_seqlens: (num_sequences + 1,) int32, on q's device.
         turns: (B, Tk, D) float32, cosines and sines of the keys' positions: k is rotated by them, and q is yet to be.
     """
-    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    batch, tokens, heads, _ = q.shape
+    out, lse = q.new_empty(*q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if not out.numel():
         return out, lse
     q, k, v = (_readable(x) for x in (q, k, v))
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
     how = launch.settings("sequence_attention", "forward", q.device, **sizes)
-    forward_kernel[q.shape[0] * q.shape[2], triton.cdiv(q.shape[1], how["BLOCK_M"])](
-        q, k, v, turns, cu_seqlens, out, lse, *_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, **constants, **how
-    )
+    grid = batch * heads, launch.ceil_div(tokens, how["BLOCK_M"])
+    numbers = (*_sizes(q, k, v, cu_seqlens, heads), factor)
+    direct_launch.run(forward_kernel, grid, (q, k, v, turns, cu_seqlens, out, lse), numbers, constants | how)
     return out, lse
 
 
@@ -56,24 +56,23 @@ def backward(
     q_turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> grad_q, grad_k, grad_v; `q_turned` is q rotated, where there are turns."""
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (x.new_empty(*x.shape) for x in (q, k, v))
     delta, grad_out = torch.empty_like(lse), grad_out.contiguous()
     q, k, v = (_readable(x) for x in (q, k, v))
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
     if grad_q.numel():
         how = launch.settings("sequence_attention", "queries", q.device, **sizes)
-        queries_kernel[q.shape[0] * q.shape[2], triton.cdiv(q.shape[1], how["BLOCK_M"])](
-            q, k, v, turns, cu_seqlens, out, grad_out, lse, delta, grad_q,
-            *_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, scale, **constants, **how,
-        )  # fmt: skip
+        grid = q.shape[0] * q.shape[2], launch.ceil_div(q.shape[1], how["BLOCK_M"])
+        tensors = q, k, v, turns, cu_seqlens, out, grad_out, lse, delta, grad_q
+        numbers = (*_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, scale)
+        direct_launch.run(queries_kernel, grid, tensors, numbers, constants | how)
     if grad_k.numel():
         q = q if q_turned is None else q_turned
         how = launch.settings("sequence_attention", "keys", q.device, **sizes)
-        keys_kernel[k.shape[0] * k.shape[2], triton.cdiv(k.shape[1], how["BLOCK_N"])](
-            q, k, v, turns, cu_seqlens, grad_out, lse, delta, grad_k, grad_v,
-            *_sizes(q, k, v, cu_seqlens, k.shape[2]), factor, scale, GROUPED=q.shape[2] != k.shape[2],
-            **constants, **how,
-        )  # fmt: skip
+        grid = k.shape[0] * k.shape[2], launch.ceil_div(k.shape[1], how["BLOCK_N"])
+        tensors = q, k, v, turns, cu_seqlens, grad_out, lse, delta, grad_k, grad_v
+        numbers = (*_sizes(q, k, v, cu_seqlens, k.shape[2]), factor, scale)
+        direct_launch.run(keys_kernel, grid, tensors, numbers, constants | how | {"GROUPED": q.shape[2] != k.shape[2]})
     return grad_q, grad_k, grad_v
 
 
@@ -84,13 +83,14 @@ def _readable(x: Tensor) -> Tensor:
 def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, heads: int) -> tuple[int, ...]:
     num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    return *strides, q.shape[1], k.shape[1], num_sequences, heads, q.shape[2] // k.shape[2]
+    (_, q_tokens, q_heads, _), (_, k_tokens, k_heads, _) = q.shape, k.shape
+    return *strides, q_tokens, k_tokens, num_sequences, heads, q_heads // k_heads
 
 
 def _compiled_for(
     q: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, turns: Tensor | None
 ) -> tuple[dict, float, dict]:
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return _constants(q.dtype, q.shape[3], cu_seqlens is not None, causal, scale, turns is not None, tf32)
 
 
@@ -106,12 +106,12 @@ def _constants(
     wide = dtype == torch.float32
     constants = {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "BLOCK_D": max(launch.next_power_of_2(head_dim), 16),
         "CAUSAL": causal,
         "PACKED": packed,
         "ROTARY": rotary,
         "SIGN": 1 if wide else (scale > 0) - (scale < 0),
-        "PRECISION": "tf32" if wide and tf32 else "ieee",
+        "PRECISION": "tf32" if tf32 else "ieee",
     }
     sizes = {"bits": 8 * dtype.itemsize, "head_dim": constants["BLOCK_D"], "packed": int(packed)}
     return constants, scale if wide else abs(scale) * math.log2(math.e) or 1.0, sizes

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import direct_launch
+from .launch import ceil_div
+
 
 @triton.jit
 def pixel_at(rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
@@ -160,10 +163,10 @@ def resize(detail: Tensor, skip: Tensor | None, alpha: Tensor | None, size: int,
     batch, height, width, channels = detail.shape
     resized = detail.new_empty(batch, size, size, channels)
     num_pixels = batch * size * size
-    grid = (triton.cdiv(num_pixels, settings["BLOCK_PIXELS"]), triton.cdiv(channels, settings["BLOCK_CHANNELS"]))
+    grid = ceil_div(num_pixels, settings["BLOCK_PIXELS"]), ceil_div(channels, settings["BLOCK_CHANNELS"])
     sizes = (num_pixels, height, width, channels, size)
     if num_pixels > 0:
-        _resize_kernel[grid](detail, skip, alpha, resized, *sizes, **settings)
+        direct_launch.run(_resize_kernel, grid, (detail, skip, alpha, resized), sizes, settings)
     return resized
 
 
@@ -173,7 +176,7 @@ def resize_backward(
     """grad_resized (B, size, size, C) -> the gradients of detail and skip, (B, h, w, C), and of alpha."""
     batch, size, _, channels = grad_resized.shape
     num_pixels = batch * height * width
-    grid = (triton.cdiv(num_pixels, settings["BLOCK_PIXELS"]), triton.cdiv(channels, settings["BLOCK_CHANNELS"]))
+    grid = ceil_div(num_pixels, settings["BLOCK_PIXELS"]), ceil_div(channels, settings["BLOCK_CHANNELS"])
     sizes = (num_pixels, height, width, channels, size)
     grad_detail = grad_resized.new_empty(batch, height, width, channels)
     grad_skip = partial = None
@@ -181,5 +184,5 @@ def resize_backward(
         grad_skip, partial = torch.empty_like(grad_detail), grad_detail.new_empty(grid, dtype=torch.float32)
     if num_pixels > 0:
         given = (grad_resized, skip, alpha, grad_detail, grad_skip, partial)
-        _resize_backward_kernel[grid](*given, *sizes, **settings)
+        direct_launch.run(_resize_backward_kernel, grid, given, sizes, settings)
     return grad_detail, grad_skip, None if partial is None else partial.sum()

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import direct_launch
 from .bilinear import alpha_of, interpolated, pixel_at
+from .launch import ceil_div
 from .matrix_product import indices, input_precision, store_tile, tile_at
 
 # Rows of tiles that are finished together.
@@ -172,10 +174,11 @@ def conv(
     batch, height, width, channels = x.shape
     y = x.new_empty(batch, side, side, weight.shape[0])
     num_rows = batch * side * side
-    grid = (triton.cdiv(num_rows, settings["BLOCK_M"]) * triton.cdiv(weight.shape[0], settings["BLOCK_N"]),)
-    sizes = (height, width, side, channels, weight.shape[0])
+    grid = (ceil_div(num_rows, settings["BLOCK_M"]) * ceil_div(weight.shape[0], settings["BLOCK_N"]),)
+    sizes = (num_rows, height, width, side, channels, weight.shape[0])
     if num_rows > 0:
-        _conv_kernel[grid](x, skip, alpha, weight, y, num_rows, *sizes, PRECISION=input_precision(), **settings)
+        constants = settings | {"PRECISION": input_precision()}
+        direct_launch.run(_conv_kernel, grid, (x, skip, alpha, weight, y), sizes, constants)
     return y
 
 
@@ -184,10 +187,11 @@ def input_gradient(grad_y: Tensor, weight: Tensor, settings: dict[str, int]) -> 
     batch, side, _, out_channels = grad_y.shape
     channels, num_rows = weight.shape[3], batch * side * side
     grad_x = grad_y.new_empty(batch, 2 * side, 2 * side, channels)
-    grid = (4 * triton.cdiv(num_rows, settings["BLOCK_M"]) * triton.cdiv(channels, settings["BLOCK_N"]),)
+    grid = (4 * ceil_div(num_rows, settings["BLOCK_M"]) * ceil_div(channels, settings["BLOCK_N"]),)
     sizes = (num_rows, side, channels, out_channels)
     if num_rows > 0:
-        _input_gradient_kernel[grid](grad_y, weight, grad_x, *sizes, PRECISION=input_precision(), **settings)
+        constants = settings | {"PRECISION": input_precision()}
+        direct_launch.run(_input_gradient_kernel, grid, (grad_y, weight, grad_x), sizes, constants)
     return grad_x
 
 
@@ -196,7 +200,8 @@ def weight_gradient(grad_y: Tensor, x: Tensor, settings: dict[str, int]) -> Tens
     batch, side, _, out_channels = grad_y.shape
     channels, splits = x.shape[3], settings["SPLITS"]
     parts = x.new_empty(splits, out_channels, 3, 3, channels, dtype=x.dtype if splits == 1 else torch.float32)
-    num_tiles = triton.cdiv(out_channels, settings["BLOCK_M"]) * 9 * triton.cdiv(channels, settings["BLOCK_N"])
+    num_tiles = ceil_div(out_channels, settings["BLOCK_M"]) * 9 * ceil_div(channels, settings["BLOCK_N"])
     sizes = (batch * side * side, side, channels, out_channels)
-    _weight_gradient_kernel[(num_tiles, splits)](grad_y, x, parts, *sizes, PRECISION=input_precision(), **settings)
+    constants = settings | {"PRECISION": input_precision()}
+    direct_launch.run(_weight_gradient_kernel, (num_tiles, splits), (grad_y, x, parts), sizes, constants)
     return parts[0] if splits == 1 else parts.sum(0).to(x.dtype)

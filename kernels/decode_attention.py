@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 from .rotary import cosines_and_sines, frequencies, log2_theta, turn
 
 
@@ -122,30 +122,30 @@ def forward(
     if not out.numel():
         return out
     (batch, _, heads, dim), (_, size, kv_heads, _) = q.shape, key_cache.shape
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    constants, how, merge = _settings(q.dtype, q.device, heads // kv_heads, dim, tf32)
-    blocks = -(-size // how["BLOCK_N"])
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    how, merge = _settings(q.dtype, q.device, heads // kv_heads, dim, tf32)
+    blocks = launch.ceil_div(size, how["BLOCK_N"])
     sums = q.new_empty((batch * heads * blocks * (dim + 2),), dtype=torch.float32)
     statistics = sums[batch * heads * blocks * dim :]
-    _block_kernel[batch * kv_heads, blocks](
-        q, k, v, key_cache, value_cache, lengths, sums, statistics, *key_cache.stride()[:3], *value_cache.stride()[:3],
-        kv_heads, heads // kv_heads, scale * math.log2(math.e), *log2_theta(theta), **constants, **how,
-    )  # fmt: skip
-    _merge_kernel[batch * heads, -(-dim // merge["BLOCK_D"])](
-        sums, statistics, lengths, out, heads, blocks, HEAD_DIM=dim, BLOCK_N=how["BLOCK_N"], **merge
-    )
+    tensors = q, k, v, key_cache, value_cache, lengths, sums, statistics
+    strides = *key_cache.stride()[:3], *value_cache.stride()[:3]
+    numbers = *strides, kv_heads, heads // kv_heads, scale * math.log2(math.e), *log2_theta(theta)
+    direct_launch.run(_block_kernel, (batch * kv_heads, blocks), tensors, numbers, how)
+    grid = batch * heads, launch.ceil_div(dim, merge["BLOCK_D"])
+    direct_launch.run(_merge_kernel, grid, (sums, statistics, lengths, out), (heads, blocks), merge)
     return out
 
 
 @cache
-def _settings(dtype: torch.dtype, device: torch.device, group: int, dim: int, tf32: bool) -> tuple[dict, dict, dict]:
-    """What the first kernel is compiled for, and how both are launched. Not to be changed."""
+def _settings(dtype: torch.dtype, device: torch.device, group: int, dim: int, tf32: bool) -> tuple[dict, dict]:
+    """What both kernels are compiled for, and how they are launched. Not to be changed."""
     constants = {
         "HEAD_DIM": dim,
-        "HALF": max(triton.next_power_of_2(dim // 2), 16),
-        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
-        "BLOCK_G": max(triton.next_power_of_2(group), 16),
-        "PRECISION": "tf32" if dtype == torch.float32 and tf32 else "ieee",
+        "HALF": max(launch.next_power_of_2(dim // 2), 16),
+        "BLOCK_D": max(launch.next_power_of_2(dim), 16),
+        "BLOCK_G": max(launch.next_power_of_2(group), 16),
+        "PRECISION": "tf32" if tf32 else "ieee",
     }
     how = launch.settings("decode_attention", "block", device, bits=8 * dtype.itemsize)
-    return constants, how, launch.settings("decode_attention", "merge", device)
+    merge = launch.settings("decode_attention", "merge", device)
+    return constants | how, {"HEAD_DIM": dim, "BLOCK_N": how["BLOCK_N"]} | merge

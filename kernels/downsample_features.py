@@ -4,7 +4,6 @@ Maps are channels-last, as the tower gives them, and so are the weights: what li
 says whether conv1 interpolates what it loads (INTERPOLATE), or reads a map that was interpolated before.
 """
 
-import triton
 from torch import Tensor
 
 from . import launch
@@ -13,7 +12,7 @@ from .convolution import conv, input_gradient, weight_gradient
 
 
 def _settings(kernel: str, x: Tensor) -> dict[str, int]:
-    sizes = {"bits": 8 * x.element_size(), "batch": triton.next_power_of_2(x.shape[0])}
+    sizes = {"bits": 8 * x.element_size(), "batch": launch.next_power_of_2(x.shape[0])}
     return launch.settings("downsample_features", kernel, x.device, **sizes)
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
+from . import direct_launch
 from .grid_attention import forward_kernel
 from .grid_attention_backward import backward_queries_kernel
 from .grid_attention_sums import backward_keys_kernel, backward_tables_kernel, sum_parts_kernel
-from .launch import settings
+from .launch import ceil_div, next_power_of_2, settings
 from .matrix_product import input_precision
 
 # Up to this many keys, such as a window's, delta is corrected in every dtype.
@@ -49,7 +49,7 @@ class Grids:
     @property
     def units(self) -> int:
         """Heads of grids."""
-        down, across = triton.cdiv(self.map_height, self.height), triton.cdiv(self.map_width, self.width)
+        down, across = ceil_div(self.map_height, self.height), ceil_div(self.map_width, self.width)
         return self.batch * down * across * self.heads
 
     @property
@@ -60,14 +60,14 @@ class Grids:
 @cache
 def _constants(grids: Grids, kernel: str, device: torch.device, dtype: torch.dtype, precision: str) -> dict:
     """A kernel's constants, warps and stages, less those that it does not have."""
-    block_d = max(triton.next_power_of_2(grids.head_dim), 16)
-    sizes = {"bits": 8 * dtype.itemsize, "head_dim": block_d, "tokens": triton.next_power_of_2(grids.tokens)}
+    block_d = max(next_power_of_2(grids.head_dim), 16)
+    sizes = {"bits": 8 * dtype.itemsize, "head_dim": block_d, "tokens": next_power_of_2(grids.tokens)}
     entry = dict(settings(grids.operator, kernel, device, **sizes))
     if kernel == "backward_tables":
         entry["BLOCK_X"] = settings(grids.operator, "backward_queries", device, **sizes)["BLOCK_X"]
     else:
         entry["SCALE"] = grids.head_dim**-0.5
-    entry["BLOCK_X"] = min(max(triton.next_power_of_2(grids.width), 16), entry["BLOCK_X"])
+    entry["BLOCK_X"] = min(max(next_power_of_2(grids.width), 16), entry["BLOCK_X"])
     if kernel in ("backward_queries", "backward_keys"):
         entry["CORRECTED"] = dtype == torch.float32 or grids.tokens <= FEW_KEYS
     shape = {"HEIGHT": grids.height, "WIDTH": grids.width, "HEAD_DIM": grids.head_dim, "PADDED": grids.padded}
@@ -98,8 +98,9 @@ def launch_forward(
         return
     constants = _constants_of(grids, "forward", out)
     rel_h = out.new_empty(grids.units, grids.height, grids.tokens, dtype=torch.float32)
-    programs = grids.units * triton.cdiv(grids.tokens, constants["BLOCK_M"])
-    forward_kernel[(programs,)](*inputs, padding, *tables, out, sums, rel_h, *strides, *grids.on_map, **constants)
+    programs = grids.units * ceil_div(grids.tokens, constants["BLOCK_M"])
+    tensors = *inputs, padding, *tables, out, sums, rel_h
+    direct_launch.run(forward_kernel, (programs,), tensors, (*strides, *grids.on_map), constants)
 
 
 def launch_backward(
@@ -125,35 +126,32 @@ def launch_backward(
     units, height, width, tokens = grids.units, grids.height, grids.width, grids.tokens
     rel = sums.new_empty(units, height + width, tokens)
     statistics = sums.new_empty(units, 3, tokens)
-    grad_rel_h = sums.new_empty(units, triton.cdiv(width, queries["BLOCK_X"]), height, tokens)
+    grad_rel_h = sums.new_empty(units, ceil_div(width, queries["BLOCK_X"]), height, tokens)
     grad_rel_w = sums.new_empty(units, tokens, width)
-    backward_queries_kernel[(units * triton.cdiv(tokens, queries["BLOCK_M"]),)](
-        grad_out, *inputs, padding, *tables, out, sums, grad_q, rel, statistics, grad_rel_h, grad_rel_w,
-        *strides, grad_strides, *grids.on_map, **queries,
-    )  # fmt: skip
+    programs = units * ceil_div(tokens, queries["BLOCK_M"])
+    tensors = grad_out, *inputs, padding, *tables, out, sums, grad_q, rel, statistics, grad_rel_h, grad_rel_w
+    numbers = *strides, grad_strides, *grids.on_map
+    direct_launch.run(backward_queries_kernel, (programs,), tensors, numbers, queries)
 
-    tiles = triton.cdiv(height, keys["BLOCK_N"] // keys["BLOCK_X"]) * triton.cdiv(width, keys["BLOCK_X"])
+    tiles = ceil_div(height, keys["BLOCK_N"] // keys["BLOCK_X"]) * ceil_div(width, keys["BLOCK_X"])
     parts = sums.new_empty(units // grids.heads * tiles, 2, grids.heads, grids.head_dim) if grids.padded else None
-    backward_keys_kernel[(units * tiles,)](
-        grad_out, *inputs, padding, rel, statistics, grad_k, grad_v, parts,
-        *strides[:3], grad_strides, *grids.on_map, **keys,
-    )  # fmt: skip
+    given = grad_out, *inputs, padding, rel, statistics, grad_k, grad_v, parts
+    numbers = *strides[:3], grad_strides, *grids.on_map
+    direct_launch.run(backward_keys_kernel, (units * tiles,), given, numbers, keys)
     if parts is not None and grad_padding is not None:
         _sum_parts(parts, grad_padding[1], grad_padding[2])
 
     grad_tables = torch.empty_like(tables[0]), torch.empty_like(tables[1])
-    splits = min(units * triton.cdiv(tokens, of_tables["BLOCK_M"]), TABLE_SPLITS)
+    splits = min(units * ceil_div(tokens, of_tables["BLOCK_M"]), TABLE_SPLITS)
     parts = sums.new_empty(splits, 2 * (height + width - 1), grids.head_dim)
-    blocks = triton.cdiv(2 * height - 1, of_tables["BLOCK_O"]) + triton.cdiv(2 * width - 1, of_tables["BLOCK_O"])
-    backward_tables_kernel[(blocks, splits)](
-        inputs[0], grad_rel_h, grad_rel_w, parts, strides[1], *grids.on_map, units, **of_tables
-    )
+    blocks = ceil_div(2 * height - 1, of_tables["BLOCK_O"]) + ceil_div(2 * width - 1, of_tables["BLOCK_O"])
+    summands, sizes = (inputs[0], grad_rel_h, grad_rel_w, parts), (strides[1], *grids.on_map, units)
+    direct_launch.run(backward_tables_kernel, (blocks, splits), summands, sizes, of_tables)
     _sum_parts(parts, *grad_tables)
     return grad_tables
 
 
 def _sum_parts(parts: Tensor, first: Tensor, second: Tensor) -> None:
     size = first.numel() + second.numel()
-    sum_parts_kernel[(triton.cdiv(size, SUM_BLOCK),)](
-        parts, first, second, parts.shape[0], first.numel(), size, BLOCK=SUM_BLOCK, num_warps=4
-    )
+    sizes, settings = (parts.shape[0], first.numel(), size), {"BLOCK": SUM_BLOCK, "num_warps": 4}
+    direct_launch.run(sum_parts_kernel, (ceil_div(size, SUM_BLOCK),), (parts, first, second), sizes, settings)

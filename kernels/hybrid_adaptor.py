@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 from .matrix_product import indices, input_precision, product, store_tile, tile_at
 
 # Rows of tiles that are finished together.
@@ -188,16 +188,16 @@ def _weight_gradients_kernel(
 
 
 def _settings(kernel: str, x: Tensor, num_rows: int) -> dict[str, int]:
-    sizes = {"bits": 8 * x.element_size(), "rows": triton.next_power_of_2(num_rows)}
+    sizes = {"bits": 8 * x.element_size(), "rows": launch.next_power_of_2(num_rows)}
     return launch.settings("hybrid_adaptor", kernel, x.device, **sizes)
 
 
 def _tiles(M: int, N: int, settings: dict[str, int]) -> int:
-    return triton.cdiv(M, settings["BLOCK_M"]) * triton.cdiv(N, settings["BLOCK_N"])
+    return launch.ceil_div(M, settings["BLOCK_M"]) * launch.ceil_div(N, settings["BLOCK_N"])
 
 
 def _run(kernel, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], num_tiles: int, settings: dict[str, int]) -> None:
-    kernel[(num_tiles,)](*tensors, *sizes, PRECISION=input_precision(), **settings)
+    direct_launch.run(kernel, (num_tiles,), tensors, sizes, settings | {"PRECISION": input_precision()})
 
 
 def forward(

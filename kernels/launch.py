@@ -21,12 +21,17 @@ MAX_BLOCK = 65536
 
 def refusals(*tensors: Tensor) -> list[str]:
     """Why Triton cannot run these tensors."""
-    on_gpu = all(tensor.is_cuda for tensor in tensors)
+    on_gpu, wide = True, False
+    for tensor in tensors:
+        on_gpu, wide = on_gpu and tensor.is_cuda, wide or tensor.dtype == torch.float64
+    too_old = on_gpu and _too_old(tensors[0].device.index)
+    if AVAILABLE and (on_gpu or INTERPRETED) and not too_old and not wide:
+        return []
     reasons = {
         "Triton is not installed": not AVAILABLE,
         "Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1)": not (INTERPRETED or on_gpu),
-        "it needs a GPU since Ampere (compute capability 8.0)": on_gpu and _too_old(tensors[0].device.index),
-        "it computes in float32, too coarse for float64": any(tensor.dtype == torch.float64 for tensor in tensors),
+        "it needs a GPU since Ampere (compute capability 8.0)": too_old,
+        "it computes in float32, too coarse for float64": wide,
     }
     return [reason for reason, applies in reasons.items() if applies]
 
@@ -50,13 +55,31 @@ def dot_refusals(*tensors: Tensor) -> list[str]:
 
 def row_refusals(x: Tensor, *others: Tensor) -> list[str]:
     """Why Triton cannot run a kernel on the rows of x (..., N)."""
-    fits = 1 <= x.shape[-1] <= MAX_BLOCK
-    return refusals(x, *others) + [f"a row of {x.shape[-1]} is not in 1..{MAX_BLOCK}"] * (not fits)
+    reasons = refusals(x, *others)
+    if not 1 <= x.shape[-1] <= MAX_BLOCK:
+        reasons.append(f"a row of {x.shape[-1]} is not in 1..{MAX_BLOCK}")
+    return reasons
 
 
 def worthwhile(x: Tensor, *others) -> bool:
     """Triton's interpreter is for tests: nobody wants it who did not ask."""
     return x.is_cuda and not INTERPRETED
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes 2 us for it outside of a kernel."""
+    return -(-a // b)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least a number, which is not negative: 0 of 0, as Triton has it."""
+    return 1 << (number - 1).bit_length() if number > 0 else 0
+
+
+def row_statistics(x: Tensor) -> Tensor:
+    """An empty float32 number for each row of x (..., N): of its shape less the last dimension."""
+    # Sizes one by one are taken in half the time that a torch.Size is.
+    return x.new_empty(*x.shape[:-1], dtype=torch.float32) if x.ndim > 1 else x.new_empty((), dtype=torch.float32)
 
 
 @cache

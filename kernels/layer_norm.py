@@ -5,10 +5,11 @@ from torch import Tensor
 from . import norm_rows
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., N) contiguous -> y (..., N) of x's dtype, mean and rstd (...) float32."""
-    y, _, mean, rstd = norm_rows.forward("layer_norm", x, weight, eps, bias=bias)
-    assert mean is not None
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x (..., N) contiguous -> y (..., N) of x's dtype and, if they are to be kept, mean and rstd (...) float32."""
+    y, _, mean, rstd = norm_rows.forward("layer_norm", x, weight, eps, keep, bias=bias)
     return y, mean, rstd
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 
 # Words in a block of the vocabulary: so many that what its products read and write is little beside what they compute.
 BLOCK_WORDS = 4096
@@ -178,7 +178,7 @@ def _room(x: Tensor, weight: Tensor) -> Tensor:
     segment = launch.settings("linear_cross_entropy", "softmax", x.device)["SEGMENT"]
     words = min(int(SHARE * len(weight) * 4 / x.element_size()), BLOCK_WORDS)
     words = max(words // segment, 1) * segment
-    return x.new_empty(words, triton.cdiv(len(x), ALIGNED) * ALIGNED)[:, : len(x)]
+    return x.new_empty(words, launch.ceil_div(len(x), ALIGNED) * ALIGNED)[:, : len(x)]
 
 
 def _blocks(weight: Tensor, room: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -190,7 +190,7 @@ def _softmax(x: Tensor, weight: Tensor, label: Tensor, kept: Tensor | None, room
     """Of each row (3, R): the loss, the largest logit and the logarithm of the sum of exp(logit - largest). Leaves the
     logits of the first rows in `kept`, if that is given."""
     segment = launch.settings("linear_cross_entropy", "softmax", x.device)["SEGMENT"]
-    partial = x.new_empty(2, triton.cdiv(len(weight), segment), len(x), dtype=torch.float32)
+    partial = x.new_empty(2, launch.ceil_div(len(weight), segment), len(x), dtype=torch.float32)
     # A label that is no word would leave it so.
     label_logit = x.new_full(label.shape, torch.nan, dtype=torch.float32)
     split = 0
@@ -205,8 +205,9 @@ def _softmax(x: Tensor, weight: Tensor, label: Tensor, kept: Tensor | None, room
 
     found = x.new_empty(3, len(x), dtype=torch.float32)
     settings = launch.settings("linear_cross_entropy", "loss", x.device)
-    grid = (triton.cdiv(len(x), settings["BLOCK_ROWS"]),)
-    _loss_kernel[grid](*partial, label_logit, *found, partial.shape[1], len(x), **settings)
+    grid = (launch.ceil_div(len(x), settings["BLOCK_ROWS"]),)
+    tensors, sizes = (*partial, label_logit, *found), (partial.shape[1], len(x))
+    direct_launch.run(_loss_kernel, grid, tensors, sizes, settings)
     return found
 
 
@@ -214,9 +215,9 @@ def _reduce_block(logits: Tensor, label: Tensor, partial: Tensor, label_logit: T
     """Writes what the segments of a block, from the word `first` on, are to the softmax."""
     num_words, num_rows = logits.shape
     settings = launch.settings("linear_cross_entropy", "softmax", logits.device)
-    grid = triton.cdiv(num_rows, settings["BLOCK_ROWS"]), triton.cdiv(num_words, settings["SEGMENT"])
+    grid = launch.ceil_div(num_rows, settings["BLOCK_ROWS"]), launch.ceil_div(num_words, settings["SEGMENT"])
     sizes = first, num_words, num_rows, logits.stride(0), partial.stride(1)
-    _softmax_kernel[grid](logits, label, *partial, label_logit, *sizes, **settings)
+    direct_launch.run(_softmax_kernel, grid, (logits, label, *partial, label_logit), sizes, settings)
 
 
 def _write_gradients(
@@ -248,9 +249,9 @@ def _write_gradients(
 def _differentiate_block(logits: Tensor, rows: Sequence[Tensor | None], grad_logits: Tensor, first: int) -> None:
     num_words, num_rows = logits.shape
     settings = launch.settings("linear_cross_entropy", "gradient", logits.device)
-    grid = triton.cdiv(num_rows, settings["BLOCK_ROWS"]), triton.cdiv(num_words, settings["BLOCK_WORDS"])
+    grid = launch.ceil_div(num_rows, settings["BLOCK_ROWS"]), launch.ceil_div(num_words, settings["BLOCK_WORDS"])
     sizes = first, num_words, num_rows, logits.stride(0), grad_logits.stride(0)
-    _gradient_kernel[grid](logits, *rows, grad_logits, *sizes, **settings)
+    direct_launch.run(_gradient_kernel, grid, (logits, *rows, grad_logits), sizes, settings)
 
 
 def _add_product(a: Tensor, b: Tensor, sums: Tensor) -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 
 
 @triton.jit
@@ -51,7 +51,8 @@ def _load_scale(weight_ptr, bias_ptr, cols, num_cols):
 @triton.jit
 def _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps):
     rstd = tl.rsqrt(squares / num_cols + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     return rstd
@@ -81,7 +82,7 @@ def forward_kernel(
     # Asked for ahead of the sums over rows, which all threads wait for.
     weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
     x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
-    mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, mean_ptr is not None)
+    mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, bias_ptr is not None)
     rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
     tl.store(y_ptr + first + cols[None, :], (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
 
@@ -110,7 +111,7 @@ def wide_forward_kernel(
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = inside & (cols < num_cols)[None, :]
         x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
-        mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, mean_ptr is not None)
+        mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, bias_ptr is not None)
     rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
 
     if residual_ptr is not None:
@@ -285,20 +286,28 @@ def sum_kernel(
 
 
 def forward(
-    operator: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """x, residual (..., N) contiguous -> y and, with a residual, the total (..., N) of x's dtype; the mean, with a
-    bias, and rstd (...) float32."""
+    operator: str,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    keep: bool,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x, residual (..., N) contiguous -> y and, with a residual, the total (..., N) of x's dtype; if they are to be
+    kept the mean, with a bias, and rstd (...) float32."""
     num_cols = x.shape[-1]
-    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    mean = None if bias is None else torch.empty_like(rstd)
-    num_rows, settings = rstd.numel(), _settings(operator, "forward", x)
+    rstd = launch.row_statistics(x) if keep else None
+    mean = None if rstd is None or bias is None else torch.empty_like(rstd)
+    num_rows = x.numel() // num_cols
+    settings = launch.settings(operator, "forward", x.device, cols=num_cols, bits=8 * x.element_size())
     if num_rows:
         kernel = forward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_forward_kernel
-        kernel[(triton.cdiv(num_rows, settings["BLOCK_ROWS"]),)](
-            x, residual, weight, bias, y, total, mean, rstd, num_rows, num_cols, eps, **settings
-        )
+        tensors = x, residual, weight, bias, y, total, mean, rstd
+        grid = (launch.ceil_div(num_rows, settings["BLOCK_ROWS"]),)
+        direct_launch.run(kernel, grid, tensors, (num_rows, num_cols, eps), settings)
     return y, total, mean, rstd
 
 
@@ -314,23 +323,17 @@ def backward(
     """grad_y, x, grad_total (..., N) contiguous; rstd, mean (...) -> grad_x (..., N), which grad_total is added to;
     grad_weight (N,) and, with a mean, grad_bias (N,)."""
     num_rows, num_cols = rstd.numel(), x.shape[-1]
-    settings = _settings(operator, "backward", x)
-    num_partials = min(triton.cdiv(num_rows, settings["BLOCK_ROWS"]), settings["PROGRAMS"])
+    settings = launch.settings(operator, "backward", x.device, cols=num_cols, bits=8 * x.element_size())
+    num_partials = min(launch.ceil_div(num_rows, settings["BLOCK_ROWS"]), settings["PROGRAMS"])
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     grad_bias = None if mean is None else torch.empty_like(weight)
     kinds = 1 if mean is None else 2
     partial = x.new_empty((kinds, num_partials, num_cols), dtype=torch.float32)
     if num_rows:
         kernel = backward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_backward_kernel
-        kernel[(num_partials,)](
-            grad_y, grad_total, x, weight, mean, rstd, grad_x, partial, num_rows, num_cols, **settings
-        )
+        tensors = grad_y, grad_total, x, weight, mean, rstd, grad_x, partial
+        direct_launch.run(kernel, (num_partials,), tensors, (num_rows, num_cols), settings)
     settings = launch.settings(operator, "sum", x.device)
-    sum_kernel[(triton.cdiv(num_cols, settings["BLOCK_COLS"]), kinds)](
-        partial, grad_weight, grad_bias, num_partials, num_cols, **settings
-    )
+    grid = launch.ceil_div(num_cols, settings["BLOCK_COLS"]), kinds
+    direct_launch.run(sum_kernel, grid, (partial, grad_weight, grad_bias), (num_partials, num_cols), settings)
     return grad_x, grad_weight, grad_bias
-
-
-def _settings(operator: str, kernel: str, x: Tensor) -> dict[str, int]:
-    return launch.settings(operator, kernel, x.device, cols=x.shape[-1], bits=8 * x.element_size())

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import settings
+from . import direct_launch
+from .launch import ceil_div, next_power_of_2, settings
 
 
 @triton.jit
@@ -142,18 +143,16 @@ def _launch(kernel: str, given: tuple, num_rows: int, num_outputs: int, num_inpu
         "quantized_linear",
         kernel,
         x.device,
-        rows=triton.next_power_of_2(num_rows),
+        rows=next_power_of_2(num_rows),
         bits=bits,
         element_bits=8 * x.element_size(),
     )
     across = (num_outputs, table["BLOCK_N"]) if kernel == "_forward_kernel" else (num_inputs, table["BLOCK_K"])
-    grid = (triton.cdiv(num_rows, table["BLOCK_M"]), triton.cdiv(*across))
+    grid = (ceil_div(num_rows, table["BLOCK_M"]), ceil_div(*across))
     sizes = (num_rows, num_outputs, num_inputs, given[1].shape[1])
-    globals()[kernel][grid](
-        *given,
-        *sizes,
-        BITS=bits,
-        GROUP=0 if scales.shape[1] == 1 else num_inputs // scales.shape[1],
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        **table,
-    )
+    constants = {
+        "BITS": bits,
+        "GROUP": 0 if scales.shape[1] == 1 else num_inputs // scales.shape[1],
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }
+    direct_launch.run(globals()[kernel], grid, given, sizes, constants | table)

@@ -5,9 +5,9 @@ from torch import Tensor
 from . import norm_rows
 
 
-def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (..., N) contiguous -> y (..., N) of x's dtype, rstd (...) float32."""
-    y, _, _, rstd = norm_rows.forward("rms_norm", x, weight, eps)
+def forward(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """x (..., N) contiguous -> y (..., N) of x's dtype, and rstd (...) float32 if it is to be kept."""
+    y, _, _, rstd = norm_rows.forward("rms_norm", x, weight, eps, keep)
     return y, rstd
 
 

@@ -42,5 +42,6 @@ def backward(
 
 
 def _rotate_keys(k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    turns = k.new_empty((*k.shape[:2], k.shape[3]), dtype=torch.float32)
+    batch, tokens, _, head_dim = k.shape
+    turns = k.new_empty(batch, tokens, head_dim, dtype=torch.float32)
     return rotate(k, positions, theta, turns=turns), turns

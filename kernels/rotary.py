@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 
 _QUARTERS = tl.constexpr(2 / math.pi)
 _QUARTER = tl.constexpr(math.pi / 2)
@@ -119,30 +119,21 @@ def rotate(x: Tensor, positions: Tensor, theta: float, backwards: bool = False, 
         turns: (B, T, D) float32, is filled with each position's cosines, then its sines.
     """
     batch, tokens, heads, head_dim = x.shape
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if not y.numel():
         return y
-    half = max(triton.next_power_of_2(head_dim // 2), 1)
+    half = max(launch.next_power_of_2(head_dim // 2), 1)
     how = launch.settings("rotary", "rotate", x.device, half=half)
-    grid = (triton.cdiv(batch * tokens, how["BLOCK_M"]), triton.cdiv(heads, how["BLOCK_H"]))
-    _rotate_kernel[grid](
-        x,
-        positions,
-        y,
-        turns,
-        *x.stride()[:3],
-        *positions.stride(),
-        batch * tokens,
-        tokens,
-        heads,
-        *log2_theta(theta),
-        HEAD_DIM=head_dim,
-        HALF=half,
-        DIRECTION=-1 if backwards else 1,
-        KEEP_TURNS=turns is not None,
-        **how,
-    )
+    grid = launch.ceil_div(batch * tokens, how["BLOCK_M"]), launch.ceil_div(heads, how["BLOCK_H"])
+    numbers = *x.stride()[:3], *positions.stride(), batch * tokens, tokens, heads, *log2_theta(theta)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "HALF": half,
+        "DIRECTION": -1 if backwards else 1,
+        "KEEP_TURNS": turns is not None,
+    }
+    direct_launch.run(_rotate_kernel, grid, (x, positions, y, turns), numbers, constants | how)
     return y
 
 

@@ -1,10 +1,11 @@
 """SwiGLU in Triton: y = gate * sigmoid(gate) * up, and both gradients, which compute the sigmoid again."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import direct_launch, launch
 
 
 @triton.jit
@@ -53,38 +54,34 @@ def _backward_kernel(
     tl.store(grad_up_ptr + at, grad_y * silu, mask=mask)
 
 
-def _as_rows(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with two dimensions, the last of them dense: of halves of one product, the rows; of what is
-    contiguous, one long row."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.view(1, -1) for tensor in tensors]
-    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    return [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in rows]
-
-
-def _sizes(gate: Tensor, up: Tensor, block: int) -> tuple[tuple[int], tuple[int, int, int]]:
-    """The grid, and what a kernel wants to know of strides and columns."""
-    num_rows, num_cols = gate.shape
-    return (num_rows * triton.cdiv(num_cols, block),), (gate.stride(0), up.stride(0), num_cols)
+def _as_rows(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int, tuple[int, int, int]]:
+    """Both with dense rows: of halves of one product, the rows; of what is contiguous, one long row. Then the number of
+    rows, and what a kernel wants to know: the strides of both, and the columns."""
+    if gate.is_contiguous() and up.is_contiguous():
+        size = gate.numel()
+        return gate, up, 1, (size, size, size)
+    gate, up = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (gate, up))
+    gate, up = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (gate, up))
+    return gate, up, gate.shape[0], (gate.stride(0), up.stride(0), gate.shape[1])
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up (...) of any strides -> y (...), contiguous."""
-    y = gate.new_empty(gate.shape)
-    gate, up = _as_rows(gate, up)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    gate, up, num_rows, sizes = _as_rows(gate, up)
     settings = launch.settings("swiglu", "forward", gate.device, bits=8 * gate.element_size())
-    grid, sizes = _sizes(gate, up, settings["BLOCK"])
-    if grid[0]:
-        _forward_kernel[grid](gate, up, y, *sizes, **settings)
+    programs = num_rows * launch.ceil_div(sizes[2], settings["BLOCK"])
+    if programs:
+        direct_launch.run(_forward_kernel, (programs,), (gate, up, y), sizes, settings)
     return y
 
 
 def backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """grad_y (...) contiguous, gate and up (...) of any strides -> their gradients (...), contiguous."""
-    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    gate, up = _as_rows(gate, up)
+    grad_gate, grad_up = torch.empty_like(grad_y), torch.empty_like(grad_y)
+    gate, up, num_rows, sizes = _as_rows(gate, up)
     settings = launch.settings("swiglu", "backward", gate.device, bits=8 * gate.element_size())
-    grid, sizes = _sizes(gate, up, settings["BLOCK"])
-    if grid[0]:
-        _backward_kernel[grid](grad_y, gate, up, grad_gate, grad_up, *sizes, **settings)
+    programs = num_rows * launch.ceil_div(sizes[2], settings["BLOCK"])
+    if programs:
+        direct_launch.run(_backward_kernel, (programs,), (grad_y, gate, up, grad_gate, grad_up), sizes, settings)
     return grad_gate, grad_up

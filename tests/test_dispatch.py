@@ -131,6 +131,12 @@ def test_torch_sees_the_operators_wherever_it_looks(requires_grad):
     assert any("rms_norm_forward" in str(node.target) for node in graph.graph.nodes)
 
 
+def test_a_transform_that_no_operator_knows_is_refused_by_torch():
+    weight = torch.randn(8)
+    with pytest.raises(RuntimeError, match="functorch transforms.* setup_context"):
+        torch.func.grad(lambda x: dispatch.apply(RMSNorm, x, weight, 1e-6, "torch").sum())(torch.randn(3, 8))
+
+
 def test_what_is_on_meta_is_not_computed():
     def fail(x):
         raise AssertionError("it runs")
@@ -154,12 +160,35 @@ assert ops.rms_norm(x, weight).shape == x.shape
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_nothing_changes_where_nothing_is_differentiated():
-    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-    wanted = ops.rms_norm(x, weight)
-    compiled = torch.compile(ops.rms_norm, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm"])
+def test_nothing_changes_where_nothing_is_differentiated(name):
+    function, (x, residual) = getattr(ops, name), torch.randn(2, 3, 8, requires_grad=True)
+    weight, bias = torch.randn(2, 8, requires_grad=True)
+    given = {"rms_norm": (x, weight), "add_rms_norm": (x, residual, weight), "layer_norm": (x, weight, bias)}[name]
+    wanted = function(*given)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for guard in (torch.no_grad, torch.inference_mode):
-        for function in (ops.rms_norm, compiled):
+        for variant in (function, compiled):
             with guard():
-                got = function(x, weight)
-            assert torch.equal(got, wanted) and not got.requires_grad
+                got = variant(*given)
+            pairs = zip(*(y if isinstance(y, tuple) else (y,) for y in (got, wanted)), strict=True)
+            assert all(torch.equal(a, b) and not a.requires_grad for a, b in pairs)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_forward_keeps_only_what_a_backward_will_ask_for(requires_grad, monkeypatch):
+    x, weight = torch.randn(3, 8), torch.randn(8, requires_grad=requires_grad)
+    kept = []
+
+    def forward(x, weight, eps, keep):
+        kept.append(keep)
+        return x.clone(), torch.zeros(3) if keep else None
+
+    module = sys.modules["vlcore.ops.rms_norm"]
+    monkeypatch.setitem(module.KERNELS, "near", Kernel(forward, None, lambda *arguments: []))
+    ops.rms_norm(x, weight, backend="near")
+    with torch.no_grad():
+        ops.rms_norm(x, weight, backend="near")
+    with Seen():
+        ops.rms_norm(x, weight, backend="near")
+    assert kept == [requires_grad, False, requires_grad]

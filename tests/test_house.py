@@ -111,7 +111,7 @@ def stems(pattern: str) -> set[str]:
 
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
 # Device code, and what launches it, that several operators share.
-SHARED = {"bilinear", "convolution", "launch", "matrix_product", "norm_rows", "rotary"}
+SHARED = {"bilinear", "convolution", "direct_launch", "launch", "matrix_product", "norm_rows", "rotary"}
 SHARED |= {f"grid_attention{part}" for part in ("", "_backward", "_launch", "_sums")}
 SHARED |= {"sequence_attention", "sequence_attention_backward"}
 

@@ -34,6 +34,12 @@ def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
     getattr(cpp, kernel)(*args, (_DTYPES[dtype], level))
 
 
+def rows(x: Tensor) -> tuple[int, int]:
+    """How many rows x (..., N) has, and N."""
+    cols = x.shape[-1]
+    return x.numel() // cols if cols else x.shape[:-1].numel(), cols
+
+
 def run_cuda(kernel: str, x: Tensor, *args) -> None:
     """Queue a function of the CUDA extension for tensors like x, on torch's current stream of their GPU."""
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
@@ -107,10 +113,14 @@ def has_code(architectures: str, capability: tuple[int, int]) -> bool:
     return any(name == exact or name in older for name in architectures.split(";"))
 
 
+# Looking for what is imported long since takes as long as a check of all arguments.
+_kernels = cache(import_module)
+
+
 def triton(operator: str, launcher: str) -> Callable:
     """The launcher in kernels/<operator>.py, imported when first called: Triton is optional, and slow to import."""
 
     def launch(*args):
-        return getattr(import_module(f"vlcore.kernels.{operator}"), launcher)(*args)
+        return getattr(_kernels(f"vlcore.kernels.{operator}"), launcher)(*args)
 
     return launch

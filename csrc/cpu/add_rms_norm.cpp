@@ -30,7 +30,8 @@ static void add_rms_norm_forward(const void* x, const void* residual, const void
     const int64_t at = row * cols;
     T* sum = static_cast<T*>(total) + at;
     add_row(static_cast<const T*>(x) + at, static_cast<const T*>(residual) + at, sum, cols);
-    rstd[row] = rms_norm_row<T>(sum, static_cast<const T*>(weight), static_cast<T*>(y) + at, cols, eps);
+    const float found = rms_norm_row<T>(sum, static_cast<const T*>(weight), static_cast<T*>(y) + at, cols, eps);
+    if (rstd != nullptr) rstd[row] = found;
   }
 }
 

@@ -69,8 +69,11 @@ static void layer_norm_forward(const void* x, const void* weight, const void* bi
                                int64_t rows, int64_t cols, float eps) {
 #pragma omp parallel for if (rows * cols >= kParallelElements)
   for (int64_t row = 0; row < rows; ++row) {
+    float found_mean, found_rstd;
     layer_norm_row(static_cast<const T*>(x) + row * cols, static_cast<const T*>(weight), static_cast<const T*>(bias),
-                   static_cast<T*>(y) + row * cols, mean[row], rstd[row], cols, eps);
+                   static_cast<T*>(y) + row * cols, found_mean, found_rstd, cols, eps);
+    if (mean != nullptr) mean[row] = found_mean;
+    if (rstd != nullptr) rstd[row] = found_rstd;
   }
 }
 

@@ -26,8 +26,9 @@ static void rms_norm_forward(const void* x, const void* weight, void* y, float* 
                              float eps) {
 #pragma omp parallel for if (rows * cols >= kParallelElements)
   for (int64_t row = 0; row < rows; ++row) {
-    rstd[row] = rms_norm_row(static_cast<const T*>(x) + row * cols, static_cast<const T*>(weight),
-                             static_cast<T*>(y) + row * cols, cols, eps);
+    const float found = rms_norm_row(static_cast<const T*>(x) + row * cols, static_cast<const T*>(weight),
+                                     static_cast<T*>(y) + row * cols, cols, eps);
+    if (rstd != nullptr) rstd[row] = found;
   }
 }
 

@@ -51,7 +51,7 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps, backend):
         x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-        y, total, rstd = add_rms_norm_forward(x, residual, weight, eps, backend)
+        y, total, rstd = add_rms_norm_forward(x, residual, weight, eps, any(ctx.needs_input_grad), backend)
         ctx.save_for_backward(total, weight, rstd)
         ctx.eps, ctx.backend = eps, backend
         return y, total
@@ -73,10 +73,11 @@ def _cpp_refusals(x: Tensor, residual: Tensor, weight: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
 
-def _cpp_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, total, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    sizes = (rstd.numel(), x.shape[-1])
-    native.run_cpp("add_rms_norm_forward", x.dtype, x, residual, weight, y, total, rstd, *sizes, eps)
+def _cpp_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, total, rstd = torch.empty_like(x), torch.empty_like(x), launch.row_statistics(x) if keep else None
+    native.run_cpp("add_rms_norm_forward", x.dtype, x, residual, weight, y, total, rstd, *native.rows(x), eps)
     return y, total, rstd
 
 
@@ -99,7 +100,7 @@ KERNELS = {
 }
 
 
-def _torch_forward(x, residual, weight, eps):
+def _torch_forward(x, residual, weight, eps, keep):
     y, total = add_rms_norm_reference(x, residual, weight, eps)
     return y, total, statistics(x, x.shape[:-1], TORCH)
 
@@ -110,14 +111,14 @@ def _torch_backward(grad_y, grad_total, total, weight, rstd, eps):
 
 
 add_rms_norm_forward = define(
-    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, str backend)"
+    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, bool keep, str backend)"
     " -> (Tensor y, Tensor total, Tensor rstd)",
     KERNELS,
     _torch_forward,
-    fake=lambda x, residual, weight, eps, backend: (
+    fake=lambda x, residual, weight, eps, keep, backend: (
         torch.empty_like(x),
         torch.empty_like(x),
-        statistics(x, x.shape[:-1], backend),
+        statistics(x, x.shape[:-1], backend, keep),
     ),
 )
 add_rms_norm_backward = define(

@@ -166,7 +166,8 @@ def cpp_forward(
     q, k, v, cu_seqlens, causal, scale, positions=None, theta=1.0, operator="attention"
 ) -> tuple[Tensor, Tensor]:
     """The C++ kernel -> out, lse; it rotates q and k where there are positions."""
-    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    batch, tokens, heads, _ = q.shape
+    out, lse = q.new_empty(*q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     inputs, sizes = _cpp_arguments(q, k, v, cu_seqlens, positions, operator)
     native.run_cpp("attention_forward", q.dtype, *inputs, out, lse, *sizes, theta, causal, scale)
     return out, lse
@@ -207,7 +208,7 @@ def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
 
 def triton_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
     fits = 1 <= q.shape[3] <= MAX_HEAD_DIM
-    return launch.dot_refusals(q) + [f"a head of {q.shape[3]} is not in 1..{MAX_HEAD_DIM}"] * (not fits)
+    return launch.dot_refusals(q) + ([] if fits else [f"a head of {q.shape[3]} is not in 1..{MAX_HEAD_DIM}"])
 
 
 def triton_bounds(operator: str, cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:

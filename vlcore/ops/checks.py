@@ -9,8 +9,8 @@ INTEGER = (torch.int32, torch.int64)
 
 def rank(operator: str, name: str, tensor: Tensor, dims: str) -> None:
     """`dims` names the dimensions, one word each: "B T H D"."""
-    if tensor.ndim != len(names := dims.split()):
-        raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}; it needs to be ({', '.join(names)}).")
+    if tensor.ndim != dims.count(" ") + 1:
+        raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}; it needs to be ({dims.replace(' ', ', ')}).")
 
 
 def shape(operator: str, name: str, tensor: Tensor, expected: tuple, other_name: str, other: Tensor) -> None:

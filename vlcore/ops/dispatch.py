@@ -72,6 +72,9 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
     torch.library.custom_op would do the same at about four times the cost of a call. Where nobody watches, the kernel
     is called without torch's dispatcher, which would cost a third as much as a kernel for one row.
 
+    What a forward keeps for its backward may be None in place of a tensor that nobody asks for; torch, to which an
+    operator's results are tensors, is given an empty one (see `statistics`).
+
     Args:
         schema: named <operator>_forward or <operator>_backward, which says what of a kernel computes it; its first
             argument is a tensor and its last the name of the backend.
@@ -82,19 +85,25 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
     name = schema.split("(")[0]
     direction = name.rpartition("_")[2]
 
-    def run(*arguments):
-        *arguments, backend = arguments
+    def run(first, *others):
+        backend = others[-1]
         if backend == TORCH:
-            return run_torch(*arguments)
-        compute, first = getattr(kernels[backend], direction), arguments[0]
+            return run_torch(first, *others[:-1])
+        compute = getattr(kernels[backend], direction)
         # Kernels are launched on the current device, which need not be the one that holds the tensors.
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device_of(first):
-                return compute(*arguments)
-        return compute(*arguments)
+                return compute(first, *others[:-1])
+        return compute(first, *others[:-1])
+
+    def run_for_torch(first, *others):
+        outputs = run(first, *others)
+        if isinstance(outputs, tuple):
+            return tuple(statistics(first, (0,), TORCH) if output is None else output for output in outputs)
+        return outputs
 
     _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, run_for_torch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlcore::{name}", fake, lib=_library)
     # Calling torch.ops.vlcore.<name> itself would look for the overload each time, at twice the cost of the call.
     op = getattr(torch.ops.vlcore, name).default
@@ -108,22 +117,25 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
 # Tensors of other types, and sizes that are symbols, have ways of their own through torch's dispatcher.
 _is_plain = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None)}.issuperset
 # Modes, transforms of functorch, a graph that is traced.
-_WATCHERS = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._are_functorch_transforms_active,
-    torch._C._is_tracing,
-)
+_in_dispatch_mode = torch._C._len_torch_dispatch_stack
+_in_function_mode = torch._C._len_torch_function_stack
+_is_transformed = torch._C._are_functorch_transforms_active
+_is_traced = torch._C._is_tracing
+_is_compiling = torch.compiler.is_compiling
 
 
 def _is_watched(arguments: tuple) -> bool:
     """Whether torch must see a call of an operator; on "meta" it is torch that has nothing to compute."""
-    if torch.compiler.is_compiling() or _profiler._is_profiler_enabled or arguments[0].is_meta:
-        return True
-    for watches in _WATCHERS:
-        if watches():
-            return True
-    return not _is_plain(map(type, arguments))
+    return (
+        _is_compiling()
+        or _profiler._is_profiler_enabled
+        or arguments[0].is_meta
+        or _in_dispatch_mode() > 0
+        or _in_function_mode() > 0
+        or _is_transformed()
+        or _is_traced()
+        or not _is_plain(map(type, arguments))
+    )
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -134,6 +146,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 class _Forgetful:
     """The context of a forward that no backward follows."""
 
+    needs_input_grad = ()
+
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
@@ -143,9 +157,9 @@ def apply(function: type[torch.autograd.Function], *arguments):
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
-                if _is_watched(arguments):
+                if _is_compiling() or _is_transformed():
                     return function.apply(*arguments)
-                # What torch does behind its preparations for functorch.
+                # What torch does behind its preparations for functorch; whoever else watches sees the operators.
                 return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
     return function.forward(_Forgetful(), *arguments)
 
@@ -168,9 +182,9 @@ def once_differentiable(backward: Callable) -> Callable:
     return run
 
 
-def statistics(like: Tensor, shape: Sequence, backend: str) -> Tensor:
+def statistics(like: Tensor, shape: Sequence, backend: str, keep: bool = True) -> Tensor:
     """An empty float32 tensor for what a forward keeps for its backward; torch recomputes, and keeps nothing."""
-    return like.new_empty((0,) if backend == TORCH else shape, dtype=torch.float32)
+    return like.new_empty(shape if keep and backend != TORCH else (0,), dtype=torch.float32)
 
 
 def gradients(function: Callable, inputs: Sequence[Tensor], *grad_outputs: Tensor) -> tuple[Tensor, ...]:

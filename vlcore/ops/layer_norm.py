@@ -45,7 +45,7 @@ class LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, backend):
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, backend)
+        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, any(ctx.needs_input_grad), backend)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps, ctx.backend = eps, backend
         return y
@@ -65,11 +65,12 @@ def _cpp_refusals(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
 
-def _cpp_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    sizes = (mean.numel(), x.shape[-1])
-    native.run_cpp("layer_norm_forward", x.dtype, x, weight, bias, y, mean, rstd, *sizes, eps)
+def _cpp_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    y, mean = torch.empty_like(x), launch.row_statistics(x) if keep else None
+    rstd = None if mean is None else torch.empty_like(mean)
+    native.run_cpp("layer_norm_forward", x.dtype, x, weight, bias, y, mean, rstd, *native.rows(x), eps)
     return y, mean, rstd
 
 
@@ -97,7 +98,7 @@ KERNELS = {
 }
 
 
-def _torch_forward(x, weight, bias, eps):
+def _torch_forward(x, weight, bias, eps, keep):
     kept = statistics(x, x.shape[:-1], TORCH)
     return layer_norm_reference(x, weight, bias, eps), kept, torch.empty_like(kept)
 
@@ -108,14 +109,14 @@ def _torch_backward(grad_y, x, weight, mean, rstd, eps):
 
 
 layer_norm_forward = define(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps, str backend)"
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps, bool keep, str backend)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
     KERNELS,
     _torch_forward,
-    fake=lambda x, weight, bias, eps, backend: (
+    fake=lambda x, weight, bias, eps, keep, backend: (
         torch.empty_like(x),
-        statistics(x, x.shape[:-1], backend),
-        statistics(x, x.shape[:-1], backend),
+        statistics(x, x.shape[:-1], backend, keep),
+        statistics(x, x.shape[:-1], backend, keep),
     ),
 )
 layer_norm_backward = define(

@@ -45,7 +45,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, backend):
         x, weight = x.contiguous(), weight.contiguous()
-        y, rstd = rms_norm_forward(x, weight, eps, backend)
+        y, rstd = rms_norm_forward(x, weight, eps, any(ctx.needs_input_grad), backend)
         ctx.save_for_backward(x, weight, rstd)
         ctx.eps, ctx.backend = eps, backend
         return y
@@ -66,9 +66,9 @@ def _cpp_refusals(x: Tensor, weight: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
 
-def _cpp_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    native.run_cpp("rms_norm_forward", x.dtype, x, weight, y, rstd, rstd.numel(), x.shape[-1], eps)
+def _cpp_forward(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
+    y, rstd = torch.empty_like(x), launch.row_statistics(x) if keep else None
+    native.run_cpp("rms_norm_forward", x.dtype, x, weight, y, rstd, *native.rows(x), eps)
     return y, rstd
 
 
@@ -91,7 +91,7 @@ KERNELS = {
 }
 
 
-def _torch_forward(x, weight, eps):
+def _torch_forward(x, weight, eps, keep):
     return rms_norm_reference(x, weight, eps), statistics(x, x.shape[:-1], TORCH)
 
 
@@ -100,10 +100,10 @@ def _torch_backward(grad_y, x, weight, rstd, eps):
 
 
 rms_norm_forward = define(
-    "rms_norm_forward(Tensor x, Tensor weight, float eps, str backend) -> (Tensor y, Tensor rstd)",
+    "rms_norm_forward(Tensor x, Tensor weight, float eps, bool keep, str backend) -> (Tensor y, Tensor rstd)",
     KERNELS,
     _torch_forward,
-    fake=lambda x, weight, eps, backend: (torch.empty_like(x), statistics(x, x.shape[:-1], backend)),
+    fake=lambda x, weight, eps, keep, backend: (torch.empty_like(x), statistics(x, x.shape[:-1], backend, keep)),
 )
 rms_norm_backward = define(
     "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, float eps, str backend)"

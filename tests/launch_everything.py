@@ -1,0 +1,117 @@
+"""Run by tests/test_direct_launch.py in a process of its own, without Triton's interpreter: every operator's kernels
+are launched twice, without a GPU or a compiler, and once more by Triton itself; prints what was launched.
+"""
+
+import itertools
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from triton.runtime import driver as drivers
+from triton.runtime.jit import JITFunction
+
+from vlcore import ops
+from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
+from vlcore.kernels import direct_launch
+
+NUMBERS = itertools.count()
+
+
+class Recorder(Driver):
+    def __init__(self) -> None:
+        super().__init__(90, lambda *arguments: self.launches.append(arguments))
+        self.launches: list[tuple] = []
+
+
+def compile_nothing(kernel, key, *others, **more) -> SimpleNamespace:
+    """In place of JITFunction._do_compile: something that is launched as its result is, another for each key."""
+    cache = kernel.device_caches[0][0]
+    cache[key] = SimpleNamespace(
+        run=lambda *arguments: drivers.active.launched(*arguments),
+        function=f"{kernel.fn.__name__} {next(NUMBERS)}",
+        packed_metadata=None,
+        launch_metadata=lambda *arguments: None,
+    )
+    return cache[key]
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
+
+
+def calls() -> dict:
+    """A call of every operator that Triton has kernels for, of each kind of arguments."""
+    x, weight, bias = random(3, 64), random(64), random(64)
+    q, packed = random(2, 32, 4, 64), random(1, 32, 4, 64)
+    cu_seqlens, positions = torch.tensor([0, 7, 32], dtype=torch.int32), torch.arange(32).expand(2, 32)
+    heads, side, windows, qkv_bias = random(2, 3, 16, 64), random(7, 64), random(1, 6, 6, 3, 2, 64), random(3, 2, 64)
+    vocabulary, labels, hidden = random(32, 64), torch.arange(16), random(16, 64)
+    long = (random(2, 40000), random(40000), random(40000))
+    layers = (random(64, 32), random(64), random(64, 32), random(64), random(48, 128), random(48))
+    quantized = [ops.quantize_weight(random(64, 64).detach(), bits, group) for bits, group in ((8, None), (4, 32))]
+    maps = random(1, 16, 8, 8), random(1, 16, 8, 8), torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    convolutions = random(32, 16, 3, 3), random(16, 32, 3, 3)
+    new = [tensor.detach() for tensor in (random(2, 1, 4, 64), random(2, 1, 2, 64), random(2, 1, 2, 64))]
+    caches = random(2, 40, 2, 64).detach(), random(2, 40, 2, 64).detach()
+    return {
+        "rms_norm": lambda: ops.rms_norm(x, weight, backend="triton"),
+        "add_rms_norm": lambda: ops.add_rms_norm(x, x, weight, backend="triton"),
+        "layer_norm": lambda: ops.layer_norm(x, weight, bias, backend="triton"),
+        "layer_norm of long rows": lambda: ops.layer_norm(*long, backend="triton"),
+        "swiglu": lambda: ops.swiglu(x, x, backend="triton"),
+        "swiglu of halves": lambda: ops.swiglu(*x.split(32, 1), backend="triton"),
+        "attention of float32": lambda: ops.attention(*[q.float()] * 3, scale=2, backend="triton"),
+        "attention": lambda: ops.attention(q, q, q, causal=True, backend="triton"),
+        "attention, packed": lambda: ops.attention(packed, packed, packed, cu_seqlens=cu_seqlens, backend="triton"),
+        "rope_attention": lambda: ops.rope_attention(q, q, q, positions, causal=True, backend="triton"),
+        "decode_attention": lambda: ops.decode_attention(*new, *caches, torch.tensor([5, 9]), backend="triton"),
+        "rel_pos_attention": lambda: ops.rel_pos_attention(heads, heads, heads, side, side, (4, 4), backend="triton"),
+        "window_attention": lambda: ops.window_attention(windows, qkv_bias, side, side, 4, backend="triton"),
+        "hybrid_adaptor": lambda: ops.hybrid_adaptor(x[:, :32], x[:, 32:], *layers, backend="triton"),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(hidden, vocabulary, labels, backend="triton"),
+        "quantized_linear, 8 bits": lambda: ops.quantized_linear(x, quantized[0], backend="triton"),
+        "quantized_linear, 4 bits": lambda: ops.quantized_linear(x, quantized[1], bias, backend="triton"),
+        "downsample_features": lambda: ops.downsample_features(*maps, *convolutions, size=16, backend="triton"),
+    }
+
+
+def launched(driver: Recorder, call) -> list[tuple]:
+    """What a call and its backward launch."""
+    driver.launches = []
+    outputs = call()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if outputs[0].requires_grad:
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    return driver.launches
+
+
+def compare(direct: tuple, by_triton: tuple) -> bool:
+    """Whether a launch was direct; it is the same as Triton's."""
+    assert direct[:6] == by_triton[:6], (direct, by_triton)
+    pointers = [isinstance(argument, torch.Tensor) for argument in by_triton[9:]]
+    for is_pointer, given, wanted in zip(pointers, direct[9:], by_triton[9:], strict=True):
+        if not is_pointer:
+            assert type(given) is type(wanted) and given == wanted, (direct, by_triton)
+    given = [argument for argument, is_pointer in zip(direct[9:], pointers, strict=True) if is_pointer]
+    if isinstance(given[0], torch.Tensor):
+        assert any(tensor.data_ptr() % 16 for tensor in given), direct[4]
+        return False
+    assert all(type(address) is int and address % 16 == 0 for address in given)
+    assert direct[6:9] == (None, None, None)
+    return True
+
+
+def main() -> None:
+    driver = Recorder()
+    with in_place_of_a_gpu(driver, "sm_90"), patch.object(JITFunction, "_do_compile", compile_nothing):
+        for name, call in calls().items():
+            launched(driver, call)
+            direct = launched(driver, call)
+            with patch.object(direct_launch, "TRITONS_RUN", None):
+                by_triton = launched(driver, call)
+            found = [compare(*pair) for pair in zip(direct, by_triton, strict=True)]
+            print(f"{name}: {sum(found)} of {len(found)}")
+
+
+if __name__ == "__main__":
+    main()
