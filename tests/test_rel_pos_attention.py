@@ -3,6 +3,7 @@ from importlib import import_module
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from conftest import DEVICE
 from operators import (
     DTYPES,
     assert_compiles,
@@ -102,6 +103,15 @@ def test_triton_takes_keys_and_values_of_different_strides():
 def test_triton_refuses_wide_heads():
     with pytest.raises(ValueError, match="heads of 136 are wider than 128"):
         ops.rel_pos_attention(*inputs(dim=136), (3, 5), backend="triton")
+
+
+@pytest.mark.parametrize("grid", [(1 << 16, 1), (1, 1 << 16), (512, 512)])
+def test_triton_refuses_grids_that_it_cannot_count_in(grid):
+    height, width = grid
+    many = torch.empty(1, 1, height * width, 1, device=DEVICE)
+    tables = (torch.empty(2 * side - 1, 1, device=DEVICE) for side in grid)
+    with pytest.raises(ValueError, match=f"{height} x {width} are too many places"):
+        ops.rel_pos_attention(many, many, many, *tables, grid, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
