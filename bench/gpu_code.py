@@ -214,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A table may be another operator's too: what is not reached shows when all are known.
         if not arguments.operators:
             found.failures += found.missing()
+    kernels = [*found.triton, *found.cuda]
+    spilling = sum(1 for record in kernels if record["spills"])
+    print(f"{len(kernels)} kernels, of which {spilling} spill registers", file=sys.stderr)
     for failure in found.failures:
         print(failure, file=sys.stderr)
     return 1 if found.failures else 0
