@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vlcore.bench.alternatives import EPS, liger
 from vlcore.bench.harness import Case
-from vlcore.bench.shapes import BATCH, LLAMA, LLAMA_7B, PROMPT
+from vlcore.bench.shapes import row_cases
 
 
 def _in_two(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,11 +25,4 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
     )
 
 
-CASES = [
-    _case(1, LLAMA.hidden_size),
-    _case(PROMPT, LLAMA.hidden_size),
-    _case(PROMPT, LLAMA.hidden_size, trains=True),
-    _case(PROMPT, LLAMA_7B.hidden_size),
-    _case(BATCH, LLAMA.hidden_size),
-    _case(BATCH, LLAMA.hidden_size, trains=True),
-]
+CASES = row_cases(_case, lambda llama: llama.hidden_size)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from vlcore.bench.alternatives import EPS, Alternative, liger, llama_rms_norm
 from vlcore.bench.harness import Case
-from vlcore.bench.shapes import BATCH, LLAMA, LLAMA_7B, PROMPT
+from vlcore.bench.shapes import row_cases
 
 
 def _case(rows: int, size: int, trains: bool = False) -> Case:
@@ -23,11 +23,4 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
     )
 
 
-CASES = [
-    _case(1, LLAMA.hidden_size),
-    _case(PROMPT, LLAMA.hidden_size),
-    _case(PROMPT, LLAMA.hidden_size, trains=True),
-    _case(PROMPT, LLAMA_7B.hidden_size),
-    _case(BATCH, LLAMA.hidden_size),
-    _case(BATCH, LLAMA.hidden_size, trains=True),
-]
+CASES = row_cases(_case, lambda llama: llama.hidden_size)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from vlcore.bench.alternatives import liger
 from vlcore.bench.harness import Case
-from vlcore.bench.shapes import BATCH, LLAMA, LLAMA_7B, PROMPT
+from vlcore.bench.shapes import row_cases
 
 
 def _case(rows: int, size: int, trains: bool = False) -> Case:
@@ -19,11 +19,4 @@ def _case(rows: int, size: int, trains: bool = False) -> Case:
     )
 
 
-CASES = [
-    _case(1, LLAMA.intermediate_size),
-    _case(PROMPT, LLAMA.intermediate_size),
-    _case(PROMPT, LLAMA.intermediate_size, trains=True),
-    _case(PROMPT, LLAMA_7B.intermediate_size),
-    _case(BATCH, LLAMA.intermediate_size),
-    _case(BATCH, LLAMA.intermediate_size, trains=True),
-]
+CASES = row_cases(_case, lambda llama: llama.intermediate_size)

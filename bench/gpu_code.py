@@ -61,13 +61,11 @@ class Found:
         return Found({name: files for name, files in sources.items() if files}, merged("triton"), merged("cuda"))
 
     def missing(self) -> list[str]:
-        """In words, the entries of these operators' launch tables that nothing was launched with."""
-        files = {file for files in self.sources.values() for file in files}
+        """In words, the entries of launch tables that nothing was launched with."""
         reached = {(record["table"], record["entry"], record["architecture"]) for record in self.triton}
         return [
             f"No case in bench/gpu_cases.py launches {path.stem}'s {kernel} with entry {index} of {architecture}."
             for path in sorted(ROOT.glob("kernels/*.json"))
-            if str(path.relative_to(ROOT)) in files
             for kernel, table in json.loads(path.read_text()).items()
             for architecture, entries in table.items()
             for index in range(len(entries))
