@@ -10,6 +10,15 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure():
+    from vlcore.kernels import launch
+
+    if launch.AVAILABLE and launch.INTERPRETED:
+        from interpreter import teach_bfloat16
+
+        teach_bfloat16()
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)

@@ -111,9 +111,9 @@ def stems(pattern: str) -> set[str]:
 
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks"}
 # Device code, and what launches it, that several operators share.
-SHARED = {"bilinear", "convolution", "direct_launch", "launch", "matrix_product", "norm_rows", "rotary"}
+SHARED = {"bilinear", "convolution", "direct_launch", "launch", "matrix_product", "rotary"}
 SHARED |= {f"grid_attention{part}" for part in ("", "_backward", "_launch", "_sums")}
-SHARED |= {"sequence_attention", "sequence_attention_backward"}
+SHARED |= {f"{name}{part}" for name in ("norm_rows", "sequence_attention") for part in ("", "_backward")}
 
 
 @pytest.mark.parametrize("pattern", ["kernels/*.py", "csrc/cpu/*.cpp", "csrc/cuda/*.cu", "bench/bench_*.py"])

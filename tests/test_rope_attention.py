@@ -1,13 +1,6 @@
-import sys
-from dataclasses import replace
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
-import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from conftest import DEVICE
 from operators import (
     DTYPES,
     assert_compiles,
@@ -22,10 +15,8 @@ from operators import (
 
 from vlcore import native, ops
 from vlcore.ops.rope_attention import (
-    APPLY_ROPE_KERNELS,
     KERNELS,
     RopeAttention,
-    apply_rope_reference,
     rope_attention_forward,
     rope_attention_reference,
 )
@@ -145,67 +136,6 @@ def test_the_last_queries_alone_give_the_last_rows():
     q, k, v, positions = inputs()
     whole = ops.rope_attention(q, k, v, positions, theta=500.0)
     torch.testing.assert_close(ops.rope_attention(q[:, -3:], k, v, positions, theta=500.0), whole[:, -3:])
-
-
-def test_apply_rope_turns_by_differences_of_position():
-    x, y, positions = random(2, 5, 3, 16), random(2, 5, 3, 16), torch.arange(5).expand(2, 5)
-    scores = [
-        (ops.apply_rope(x, positions + shift) * ops.apply_rope(y, positions + shift + 2)).sum(-1) for shift in (0, 11)
-    ]
-    torch.testing.assert_close(*scores)
-    assert ops.apply_rope(x.bfloat16(), positions).dtype == torch.bfloat16
-    # Position 1 turns the first pair by one radian.
-    one = torch.tensor([1.0, 0.0, 0.0, 0.0])[None, None, None]
-    wanted = torch.tensor([1.0, 0.0, 1.0, 0.0]) * torch.tensor([1.0, 1.0]).cos()[0]
-    wanted[2] = torch.tensor(1.0).sin()
-    torch.testing.assert_close(ops.apply_rope(one, torch.ones(1, 1, dtype=torch.int32))[0, 0, 0], wanted)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 5, 3, 80), (1, 129, 2, 64), (3, 1, 1, 2), (0, 4, 2, 8), (1, 0, 2, 8)])
-@pytest.mark.parametrize("backend", [*APPLY_ROPE_KERNELS, "torch"])
-def test_apply_rope_matches_the_reference(backend, shape, dtype):
-    x, positions = random(*shape, dtype=dtype), torch.arange(shape[1]).expand(shape[:2])
-    skip_if_refused(APPLY_ROPE_KERNELS, backend, x, positions, 1e4)
-    turn = lambda x: ops.apply_rope(x, positions, backend=backend)  # noqa: E731
-    assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
-    assert_strides_do_not_matter(turn, x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", range(native.level + 1))
-def test_apply_rope_at_every_level_of_instructions(monkeypatch, level, dtype):
-    # Positions in all quarters of the circle, before zero and far out.
-    x, positions = random(1, 800, 2, 34, dtype=dtype), torch.arange(-400, 400).mul(41)[None].int()
-    skip_if_refused(APPLY_ROPE_KERNELS, "cpp", x, positions, 1e4)
-    monkeypatch.setattr(native, "level", level)
-    turn = lambda x: ops.apply_rope(x, positions, backend="cpp")  # noqa: E731
-    assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_triton_turns_by_any_position(dtype):
-    x, positions = random(1, 800, 2, 34, dtype=dtype), torch.arange(-400, 400, device=DEVICE).mul(41)[None].int()
-    skip_if_refused(APPLY_ROPE_KERNELS, "triton", x, positions, 1e4)
-    turn = lambda x: ops.apply_rope(x, positions, backend="triton")  # noqa: E731
-    assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
-
-
-@pytest.mark.parametrize("backend", [*APPLY_ROPE_KERNELS, "torch"])
-def test_apply_rope_is_a_well_formed_torch_operator(backend):
-    x, positions = random(2, 5, 3, 8), torch.arange(5).expand(2, 5)
-    skip_if_refused(APPLY_ROPE_KERNELS, backend, x, positions, 1e4)
-    (y,) = assert_well_formed("apply_rope_forward", x, positions, 1e4, backend)
-    assert_well_formed("apply_rope_backward", y, positions, 1e4, backend)
-    assert_compiles(lambda x: ops.apply_rope(x, positions, backend=backend), (x,))
-
-
-def test_positions_far_out_stay_exact():
-    # In bfloat16, position 16383 would be 16384.
-    x = random(1, 2, 1, 64)
-    far = torch.tensor([[16382, 16383]])
-    wanted = ops.apply_rope(x.bfloat16().double(), far)
-    torch.testing.assert_close(ops.apply_rope(x.bfloat16(), far).double(), wanted, atol=0.02, rtol=0.01)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -331,17 +261,6 @@ def test_packing_needs_as_many_queries_as_keys():
         ops.rope_attention(Q[:1, :3], K[:1], K[:1], POSITIONS[:1], cu_seqlens=bounds(0, 7))
 
 
-def test_apply_rope_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"apply_rope: x is \(7, 4, 8\); it needs to be \(B, T, H, D\)"):
-        ops.apply_rope(Q[0], POSITIONS)
-    with pytest.raises(ValueError, match=r"apply_rope: positions is \(2, 6\); x \(2, 7, 4, 8\) needs \(2, 7\)"):
-        ops.apply_rope(Q, POSITIONS[:, 1:])
-    with pytest.raises(ValueError, match="apply_rope cannot run on 'cpp' .* float32 and bfloat16 only"):
-        ops.apply_rope(Q.half(), POSITIONS, backend="cpp")
-    with pytest.raises(ValueError, match="apply_rope cannot run on 'triton' .* too coarse for float64"):
-        ops.apply_rope(Q.double(), POSITIONS, backend="triton")
-
-
 def test_says_why_a_backend_cannot_run():
     with pytest.raises(ValueError, match="rope_attention cannot run on 'cpp' .* float32 and bfloat16 only"):
         ops.rope_attention(Q.half(), K.half(), K.half(), POSITIONS, backend="cpp")
@@ -349,72 +268,3 @@ def test_says_why_a_backend_cannot_run():
         ops.rope_attention(Q[:1], K[:1], K[:1], POSITIONS[:1], cu_seqlens=bounds(0, 7).to("meta"), backend="cpp")
     with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 130 is not in 1\.\.128"):
         ops.rope_attention(*(torch.zeros(1, 1, 1, 130) for _ in range(3)), POSITIONS[:1, :1], backend="triton")
-
-
-def test_says_why_xformers_cannot_run(monkeypatch):
-    monkeypatch.setitem(sys.modules, "xformers", None)
-    empty = Q[:0].double(), K[:0].double(), K[:0].double(), POSITIONS[:0]
-    reasons = (
-        "is not installed; xformers attends on a GPU only; xformers computes in no float64; xformers takes no empty"
-    )
-    with pytest.raises(ValueError, match=f"rope_attention cannot run on 'xformers' .*: xformers {reasons} tensors"):
-        ops.rope_attention(*empty, backend="xformers")
-
-
-class Bias:
-    """What xformers' biases hide, as the dense mask of what they show."""
-
-    def __init__(self, shown):
-        self.shown = shown
-
-
-class BlockDiagonal(Bias):
-    @classmethod
-    def from_seqlens(cls, lengths):
-        assert all(lengths)
-        blocks = torch.block_diag(*(torch.ones(length, length) for length in lengths)).bool()
-        return cls(lambda queries, keys: blocks)
-
-    def make_causal(self):
-        return Bias(lambda queries, keys: self.shown(queries, keys).tril())
-
-
-def corner(bottom_right):
-    return lambda: Bias(lambda i, j: torch.ones(i, j, dtype=torch.bool).tril(j - i if bottom_right else 0))
-
-
-@pytest.fixture
-def xformers(monkeypatch):
-    """A package by that name whose attention is torch's; the kernel that asks for it runs on a CPU."""
-
-    def attention(query, key, value, attn_bias=None, scale=None):
-        assert query.shape[2:] == key.shape[2:] == value.shape[2:]
-        # Heads may be groups of heads, (B, T, groups, heads, D).
-        heads = [x.flatten(2, -2).transpose(1, 2) for x in (query, key, value)]
-        mask = attn_bias and attn_bias.shown(query.shape[1], key.shape[1])
-        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)
-        return out.transpose(1, 2).reshape(query.shape)
-
-    biases = SimpleNamespace(
-        BlockDiagonalMask=BlockDiagonal,
-        LowerTriangularMask=corner(bottom_right=False),
-        LowerTriangularFromBottomRightMask=corner(bottom_right=True),
-    )
-    package, package_ops = ModuleType("xformers"), ModuleType("xformers.ops")
-    package.__spec__ = ModuleSpec("xformers", None)
-    package_ops.fmha = SimpleNamespace(memory_efficient_attention=attention, attn_bias=biases)
-    monkeypatch.setitem(sys.modules, "xformers", package)
-    monkeypatch.setitem(sys.modules, "xformers.ops", package_ops)
-    monkeypatch.setitem(KERNELS, "xformers", replace(KERNELS["xformers"], refusals=lambda *arguments: []))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("sizes", "offsets"),
-    [({}, None), ({"key_heads": 4}, None), ({"queries": 3}, None), ({"batch": 1}, (0, 0, 3, 7))],
-)
-def test_xformers_is_given_what_it_needs(xformers, sizes, offsets, causal):
-    given, cu_seqlens = inputs(**sizes), None if offsets is None else bounds(*offsets)
-    assert_matches(through_op("xformers", causal, cu_seqlens), reference(causal, cu_seqlens), *given)
-    (out, lse) = assert_well_formed("rope_attention_forward", *given, cu_seqlens, 1e4, causal, 0.5, "xformers")
-    assert out.is_contiguous() and not lse.numel()

@@ -28,6 +28,7 @@ void rel_pos_attention_backward(const void* grad_out, const void* q, const void*
 #else
 #include "cpu/grid_attention.h"
 #include "cpu/grid_attention_backward.h"
+#include "cpu/grid_attention_forward.h"
 
 namespace vlcore::VLCORE_LEVEL {
 

@@ -25,6 +25,7 @@ void window_attention_backward(const void* grad_out, const void* qkv, const void
 #else
 #include "cpu/grid_attention.h"
 #include "cpu/grid_attention_backward.h"
+#include "cpu/grid_attention_forward.h"
 
 namespace vlcore::VLCORE_LEVEL {
 

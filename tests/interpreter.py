@@ -1,0 +1,65 @@
+"""Triton's interpreter, taught to compute in bfloat16. It holds such numbers as 16-bit integers: left to itself it
+truncates where a GPU rounds, and adds and multiplies the integers."""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from vlcore.kernels import launch
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """The float32 numbers of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(numbers: np.ndarray) -> np.ndarray:
+    """The bits of the bfloat16 numbers nearest to these; of two that are as near, of the even one."""
+    bits = numbers.astype(np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(numbers), 0x7FC0, nearest).astype(np.uint16)
+
+
+def _is_bfloat16(handle: TensorHandle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _widened(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(widened(handle.data), tl.float32) if _is_bfloat16(handle) else handle
+
+
+def _rounded(handle: TensorHandle) -> TensorHandle:
+    # What compares numbers gives truths, whatever their dtype.
+    return handle if handle.data.dtype == np.bool_ else TensorHandle(rounded(handle.data), tl.bfloat16)
+
+
+def teach_bfloat16() -> None:
+    """Whatever the interpreter runs from now on computes in bfloat16 as a GPU does; launchers are told."""
+    builder = InterpreterBuilder
+    cast, convert = builder.cast_impl, builder.create_fp_to_fp
+    one, two, dot = builder.unary_op, builder.binary_op, builder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        if dst_type.scalar != tl.bfloat16:
+            return cast(self, _widened(src), dst_type)
+        return src if _is_bfloat16(src) else TensorHandle(rounded(src.data), tl.bfloat16)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if _is_bfloat16(src) or dst_type.scalar == tl.bfloat16:
+            return cast_impl(self, src, dst_type)
+        return convert(self, src, dst_type, rounding_mode)
+
+    def unary_op(self, arg, op):
+        return _rounded(one(self, _widened(arg), op)) if _is_bfloat16(arg) else one(self, arg, op)
+
+    def binary_op(self, lhs, rhs, op):
+        if not _is_bfloat16(lhs):
+            return two(self, lhs, rhs, op)
+        return _rounded(two(self, _widened(lhs), _widened(rhs), op))
+
+    def create_dot(self, a, b, d, *how):
+        return dot(self, _widened(a), _widened(b), d, *how)
+
+    for method in (cast_impl, create_fp_to_fp, unary_op, binary_op, create_dot):
+        setattr(builder, method.__name__, method)
+    launch.BFLOAT16_INTERPRETED = True
