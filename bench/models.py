@@ -18,11 +18,13 @@ from vlcore.bench.public_models import make_telling, public_inputs
 from vlcore.bench.timing import waited, working_memory
 from vlcore.config import VLConfig, preset
 from vlcore.costs import head_flops, image_flops, llama_flops
-from vlcore.generate import KVCache
+from vlcore.cuda_graph import CudaGraphs
+from vlcore.decoding import KVCache
 from vlcore.models import DeepSeekVL
 from vlcore.native import prefer_huge_pages
 
 PROMPT = 640
+GRAPH = "vlcore, CUDA graph"
 Run = Callable[[], Tensor]
 
 
@@ -58,7 +60,9 @@ def measure(case: EndToEnd, dtype: torch.dtype, device: str) -> Iterator[Measure
             assert_as_accurate(ours(), baseline(), exact().double())
         every = {**case.ours, **case.peers}
         seconds, quartiles = split(waited(every, device))
-        memory = {name: working_memory(run, device) for name, run in every.items()} if case.memory else {}
+        # What a graph works in, it holds between calls too.
+        measured = [name for name in every if case.memory and name != GRAPH]
+        memory = {name: working_memory(every[name], device) for name in measured}
     for name in case.ours:
         yield Measurement(
             operator=case.what,
@@ -140,7 +144,7 @@ def vision(dtype: torch.dtype, device: str, compiled: bool) -> Iterator[EndToEnd
         shape="1 image",
         flops=flops["sam"],
         memory=True,
-        ours=lambda: torch.cat(own_sam(pixels, dtype)),
+        ours=_in_both_ways(lambda pixels: torch.cat(own_sam(pixels, dtype)), pixels),
     )
     yield _against(
         twins,
@@ -151,7 +155,7 @@ def vision(dtype: torch.dtype, device: str, compiled: bool) -> Iterator[EndToEnd
         what="SigLIP-L encode",
         shape="1 image",
         flops=flops["siglip"],
-        ours=lambda: model.vision.siglip(low, dtype),
+        ours=_in_both_ways(lambda low: model.vision.siglip(low, dtype), low),
     )
     yield _against(
         twins,
@@ -163,8 +167,20 @@ def vision(dtype: torch.dtype, device: str, compiled: bool) -> Iterator[EndToEnd
         shape="1 image",
         flops=sum(flops.values()),
         memory=True,
-        ours=lambda: model.encode_images(pixels),
+        ours=_in_both_ways(model.encode_images, pixels),
     )
+
+
+def _in_both_ways(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> dict[str, Run]:
+    """Launched kernel by kernel, as transformers is, and on a GPU as one CUDA graph too."""
+    ways: dict[str, Run] = {OURS: lambda: encode(pixels)}
+    if pixels.is_cuda:
+        graphs = CudaGraphs(encode)
+        ways[GRAPH] = lambda: graphs(pixels)
+        # What is checked, and then timed, is the graph.
+        with torch.inference_mode():
+            graphs(pixels)
+    return ways
 
 
 def _against(
@@ -173,10 +189,10 @@ def _against(
     call: Callable[..., Tensor],
     inputs: tuple[Tensor, ...],
     dtype: torch.dtype,
-    ours: Run,
+    ours: Mapping[str, Run],
     **described,
 ) -> EndToEnd:
-    """Ours beside the same call of every twin."""
+    """Ours, in one way or more, beside the same call of every twin."""
     narrow = tuple(x.to(dtype) for x in inputs)
 
     def run(name: str, twin: Any) -> Run:
@@ -185,9 +201,12 @@ def _against(
 
     peers = {name: run(name, twin) for name, twin in twins.items()}
     return EndToEnd(
-        ours={OURS: ours},
+        ours=ours,
         peers=peers,
-        checks=[(ours, peers[SDPA], lambda: call(exact, *(x.to(wider(dtype)) for x in inputs)))],
+        checks=[
+            (run_ours, peers[SDPA], lambda: call(exact, *(x.to(wider(dtype)) for x in inputs)))
+            for run_ours in ours.values()
+        ],
         **described,
     )
 
@@ -212,7 +231,7 @@ def prefill(dtype: torch.dtype, device: str, compiled: bool) -> Iterator[EndToEn
         what="prefill, 1.3B",
         shape=f"{PROMPT} tokens",
         flops=llama_flops(language, PROMPT) + head_flops(language, 1),
-        ours=lambda: fill(model, ids)[1],
+        ours={OURS: lambda: fill(model, ids)[1]},
     )
 
 

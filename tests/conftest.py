@@ -22,3 +22,25 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs without a GPU: a list of launches for each that is captured, which compute on a CPU."""
+    from vlcore import cuda_graph
+
+    made = []
+
+    def captured(function, device):
+        result, launches = function(), []
+        made.append(launches)
+
+        def launch():
+            result.copy_(function())
+            launches.append(device)
+
+        return launch, result
+
+    monkeypatch.setattr(cuda_graph, "captured", captured)
+    monkeypatch.setattr(cuda_graph.CudaGraphs, "_captures", staticmethod(lambda *tensors: not torch.is_grad_enabled()))
+    return made

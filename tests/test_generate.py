@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 from small_tokenizer import small_tokenizer
 
-from vlcore import ops
-from vlcore.config import LlamaConfig, preset
-from vlcore.generate import KVCache, Sampling, generate
+from vlcore.config import preset
+from vlcore.generate import Sampling, generate
 from vlcore.models import DeepSeekVL, init_weights
 from vlcore.processing import ImageError, Processor, collate, pack
 
@@ -251,57 +250,6 @@ def test_arguments_out_of_range(model, processor, arguments, message):
 def test_conversations_that_cannot_be_answered(model, processor, conversation, error, message):
     with pytest.raises(error, match=message):
         generate(model, processor, conversation)
-
-
-SMALL = LlamaConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64)
-
-
-@pytest.mark.parametrize("lengths", [[5], [1], [3, 7, 1], [4, 4]])
-def test_the_cache_attends_like_the_whole_sequence(lengths):
-    steps, total = 3, sum(lengths)
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        [torch.randn(1, length + steps, heads, 16, generator=generator) for heads in (4, 2, 2)] for length in lengths
-    ]
-    expected = [ops.rope_attention(*row, torch.arange(row[0].shape[1])[None], theta=5e3) for row in rows]
-    cache = KVCache(SMALL, len(lengths), max(lengths) + steps, torch.float32, "cpu")
-    cache.begin(lengths)
-    packed = [torch.cat([row[i][:, :length] for row, length in zip(rows, lengths, strict=True)], 1) for i in range(3)]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    for layer in (0, 1):
-        out = cache.attend(layer, *packed, positions, theta=5e3, cu_seqlens=cu_seqlens)
-    assert out.shape[1] == total
-    for row, part in enumerate(out.split(lengths, 1)):
-        torch.testing.assert_close(part, expected[row][:, : lengths[row]])
-    for step in range(steps):
-        places = [length + step for length in lengths]
-        token = [torch.cat([row[i][:, place, None] for row, place in zip(rows, places, strict=True)]) for i in range(3)]
-        for layer in (0, 1):
-            out = cache.attend(layer, *token, cache.lengths[:, None], theta=5e3, cu_seqlens=None)
-        for row, place in enumerate(places):
-            torch.testing.assert_close(out[row, 0], expected[row][0, place])
-        cache.advance()
-
-
-def test_the_cache_takes_rows_of_one_length():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 5, heads, 16, generator=generator) for heads in (4, 2, 2))
-    positions = torch.arange(5).expand(2, 5)
-    cache = KVCache(SMALL, 2, 8, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="call begin with the prompts' lengths before the first forward"):
-        cache.attend(0, q, k, v, positions, theta=1e4, cu_seqlens=None)
-    cache.begin([5, 5])
-    out = cache.attend(0, q, k, v, positions, theta=1e4, cu_seqlens=None)
-    torch.testing.assert_close(out, ops.rope_attention(q, k, v, positions))
-    torch.testing.assert_close(cache.keys[0][:, :5], ops.apply_rope(k, positions))
-    torch.testing.assert_close(cache.values[0][:, :5], v)
-
-
-@pytest.mark.parametrize("lengths", [[1], [1, 9], [0, 3], [1, 1, 1]])
-def test_prompts_that_the_cache_cannot_hold(lengths):
-    with pytest.raises(ValueError, match=r"KVCache.begin: prompts of \[.*\] tokens do not fit 2 rows of 1 to 8"):
-        KVCache(SMALL, 2, 8, torch.float32, "cpu").begin(lengths)
 
 
 def test_a_model_of_one_tower_and_tied_heads(processor):

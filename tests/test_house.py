@@ -21,7 +21,7 @@ OPS = {"ops", "native", "kernels"}
 FORMATS = {"config", "layouts"}
 MODEL = OPS | FORMATS | {"models", "checkpoint"}
 INPUTS = FORMATS | {"processing", "data"}
-ENGINE = MODEL | INPUTS | {"costs", "generate", "evaluate", "train", "overrides"}
+ENGINE = MODEL | INPUTS | {"costs", "cuda_graph", "decoding", "generate", "evaluate", "train", "overrides"}
 MAY_IMPORT = {
     "kernels": set(),
     "native": set(),
@@ -34,7 +34,9 @@ MAY_IMPORT = {
     "costs": {"config", "layouts"},
     "processing": FORMATS,
     "data": INPUTS,
-    "generate": MODEL | INPUTS,
+    "cuda_graph": set(),
+    "decoding": MODEL | {"cuda_graph"},
+    "generate": MODEL | INPUTS | {"decoding"},
     "evaluate": MODEL | INPUTS | {"generate"},
     "train": ENGINE,
     "demo": ENGINE,

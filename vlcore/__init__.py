@@ -3,9 +3,20 @@
 from vlcore import ops
 from vlcore.checkpoint import from_pretrained, save_pretrained
 from vlcore.config import VLConfig
+from vlcore.cuda_graph import CudaGraphs
 from vlcore.generate import generate
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.models.quantized import quantize
 from vlcore.processing import Processor
 
-__all__ = ["DeepSeekVL", "Processor", "VLConfig", "from_pretrained", "generate", "ops", "quantize", "save_pretrained"]
+__all__ = [
+    "CudaGraphs",
+    "DeepSeekVL",
+    "Processor",
+    "VLConfig",
+    "from_pretrained",
+    "generate",
+    "ops",
+    "quantize",
+    "save_pretrained",
+]

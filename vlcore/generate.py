@@ -1,4 +1,4 @@
-"""Generation: all prompts of a batch in one prefill, then one token a row and step, with a cache of keys and values."""
+"""Generation: all prompts of a batch in one prefill, then one token a row and step."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,75 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlcore import ops
-from vlcore.config import LlamaConfig
+from vlcore.decoding import KVCache, next_logits
 from vlcore.models.deepseek_vl import DeepSeekVL
-from vlcore.native import prefer_huge_pages
 from vlcore.processing import Batch, Encoded, ImageError, Processor, pack
 from vlcore.processing.text_stream import TextStream
-
-
-class KVCache:
-    """Rotated keys, and values, of every layer and row: what `Llama` attends with in place of plain attention.
-
-    `begin`, a forward over the prompts, then for each further token the model's `decode`, or a forward of (batch, 1),
-    and `advance`.
-
-    Attributes:
-        keys, values: one (batch, capacity, num_kv_heads, head_dim) a layer.
-        lengths: (batch,) int64, tokens in the cache of each row. Rows begin at slot 0, however long they are.
-    """
-
-    def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (2, config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-        # Zeros, since what is masked still meets the softmax's zero weights, and 0 * NaN is NaN.
-        caches = prefer_huge_pages(torch.empty(shape, dtype=dtype, device=device)).zero_()
-        # By index: torch lets nobody write to the views that unbinding a tensor gives.
-        self.keys, self.values = ([caches[i, layer] for layer in range(config.num_layers)] for i in range(2))
-        self.capacity = capacity
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._places: tuple[Tensor, Tensor] | None = None
-
-    def begin(self, lengths: Sequence[int]) -> None:
-        """Say how long the prompts are, before the forward that holds them: packed, or in rows of one length.
-
-        Raises:
-            ValueError: there are more or fewer than rows, or one does not fit.
-        """
-        if len(lengths) != len(self.lengths) or not 0 < min(lengths) <= max(lengths) <= self.capacity:
-            raise ValueError(
-                f"KVCache.begin: prompts of {list(lengths)} tokens do not fit {len(self.lengths)} rows of 1 to "
-                f"{self.capacity}."
-            )
-        device = self.lengths.device
-        self.lengths = torch.tensor(lengths, device=device)
-        rows = torch.arange(len(lengths), device=device).repeat_interleave(self.lengths)
-        self._places = rows, torch.cat([torch.arange(length, device=device) for length in lengths])
-
-    def advance(self, rows: Tensor | int = 1) -> None:
-        """Keep the token that the last forward wrote; with `rows` (batch,) bool only in those rows."""
-        self.lengths = self.lengths + rows
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, theta: float, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        """Write k and v of a layer and attend: to the prompt itself in prefill, to the whole row with one token a row.
-
-        Args:
-            q, k, v: (B, T, Hq, D) and (B, T, Hkv, D), not rotated; B = 1 where `cu_seqlens` packs the prompts.
-            positions: (B, T).
-
-        Returns:
-            (B, T, Hq, D).
-        """
-        if cu_seqlens is None and q.shape[1] == 1:
-            return ops.decode_attention(q, k, v, self.keys[layer], self.values[layer], self.lengths, theta=theta)
-        if self._places is None:
-            raise ValueError("KVCache.attend: call begin with the prompts' lengths before the first forward.")
-        q, k = (ops.apply_rope(x, positions, theta) for x in (q, k))
-        self.keys[layer][self._places] = k.flatten(0, 1)
-        self.values[layer][self._places] = v.flatten(0, 1)
-        return ops.attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,13 +135,12 @@ def _answer(
     impossible = torch.arange(model.config.language.vocab_size, device=device) >= processor.num_token_ids
     impossible[processor.control.image] = True
     seen = None if sampling.repetition_penalty == 1 else _seen(prompts, processor.control.image, impossible.numel())
-    operands = model.language.operands(model.compute_dtype)
+    step = next_logits(model, cache)
     texts = [TextStream(processor.decode) for _ in range(num_rows)]
     running = torch.ones(num_rows, dtype=torch.bool, device=device)
-    hidden = _prefill(model, prompts, cache)
-    for step in range(max_new_tokens):
-        logits = model.lm_head(hidden).masked_fill(impossible, -math.inf)
-        tokens = sampling.choose(logits, seen, generator)
+    logits = model.lm_head(_prefill(model, prompts, cache))
+    for num_tokens in range(1, max_new_tokens + 1):
+        tokens = sampling.choose(logits.masked_fill(impossible, -math.inf), seen, generator)
         running = running & (tokens != end)
         # The one place where the host waits for the device.
         ids = tokens.where(running, end).tolist()
@@ -214,11 +148,11 @@ def _answer(
             piece = "" if token == end else texts[row].push(token)
             if piece and emit is not None:
                 emit(row, piece)
-        if step + 1 == max_new_tokens or all(token == end for token in ids):
+        if num_tokens == max_new_tokens or all(token == end for token in ids):
             break
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        hidden = model.decode(tokens, operands, cache.keys, cache.values, cache.lengths)
+        logits = step(tokens)
         # A row that has ended keeps writing to the slot behind its last token.
         cache.advance(running)
     return [text.text for text in texts]

@@ -6,7 +6,7 @@ from checkpoints import telling_model
 
 import vlcore
 from vlcore.config import preset
-from vlcore.generate import KVCache
+from vlcore.decoding import KVCache
 from vlcore.models import DeepSeekVL, init_weights
 from vlcore.models.quantized import QuantizedLinear, quantize
 

@@ -7,7 +7,7 @@ import torch
 from public_models import example_inputs, make_telling
 
 from vlcore.config import preset
-from vlcore.generate import KVCache
+from vlcore.decoding import KVCache
 from vlcore.models import DeepSeekVL
 
 

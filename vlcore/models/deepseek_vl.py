@@ -136,7 +136,7 @@ class DeepSeekVL(nn.Module):
             attention_mask: (B, T), non-zero at real tokens, padding on either side. Padding is not computed, and its
                 hidden states and logits are zero.
             cu_seqlens: (num_sequences + 1,) int32, the borders of the sequences that B = 1 packs.
-            memory: attends in place of plain causal attention, such as generate's KVCache.
+            memory: attends in place of plain causal attention, such as decoding's KVCache.
             image_features: (I, num_image_tokens, D) in place of pixels.
             return_logits: by default, in eval mode without labels.
             loss_reduction: "mean" over the supervised tokens, or "sum".

@@ -94,8 +94,8 @@ class PatchEmbedding(Conv2d):
 def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(pixels - mean) / std for each of the three channels of (B, 3, Y, X), in float32 at least."""
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
-    shape = (3, 1, 1)
-    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+    # By numbers: a tensor of them would be copied to a GPU each time, which waits, and which no CUDA graph holds.
+    return torch.stack([(x - mean[i]) / std[i] for i, x in enumerate(pixels.unbind(1))], 1)
 
 
 def run_block(block: Callable[..., Output], *arguments, recompute: bool) -> Output:
