@@ -82,7 +82,8 @@ def _by_references(model: DeepSeekVL, ids: Tensor, token: Tensor, dtype: torch.d
         with torch_backend():
             kept, model.compute_dtype = model.compute_dtype, dtype
             try:
-                return _next_token(model, fill(model, ids)[0], token)()
+                cache, operands = fill(model, ids)[0], model.language.operands(dtype)
+                return model.lm_head(model.decode(token[:, 0], operands, cache.keys, cache.values, cache.lengths))
             finally:
                 model.compute_dtype = kept
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlcore.bench.harness import Measurement
 from vlcore.bench.report import Results
 
-COLORS = {"bfloat16": "#1f6fb2", "float32": "#d1702a", "float16": "#3a8f4d"}
+COLORS = {"bfloat16": "#1f6fb2", "float32": "#d1702a", "float16": "#3a8f4d", "tf32": "#8a5fb0"}
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 BEHIND, OTHERS, GRID = "#b03a3a", "#9a9a9a", "#e6e6e6"
 

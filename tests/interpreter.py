@@ -34,7 +34,7 @@ def _rounded(handle: TensorHandle) -> TensorHandle:
 
 
 def teach_bfloat16() -> None:
-    """Whatever the interpreter runs from now on computes in bfloat16 as a GPU does; launchers are told."""
+    """From now on the interpreter casts, adds, compares and multiplies bfloat16 as a GPU does; launchers are told."""
     builder = InterpreterBuilder
     cast, convert = builder.cast_impl, builder.create_fp_to_fp
     one, two, dot = builder.unary_op, builder.binary_op, builder.create_dot

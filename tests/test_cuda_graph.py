@@ -43,12 +43,43 @@ def test_each_form_has_its_graph(graphs, doubled):
 
 
 @torch.no_grad()
-def test_no_more_forms_are_kept_than_asked_for(graphs, doubled):
+def test_the_oldest_makes_room(graphs, doubled):
     run = CudaGraphs(doubled, most=1)
-    for _ in range(3):
-        assert torch.equal(run(torch.ones(2), torch.ones(2)), torch.full((2,), 3.0))
-        assert torch.equal(run(torch.ones(5), torch.ones(5)), torch.full((5,), 3.0))
-    assert [len(launches) for launches in graphs] == [2]
+    for size in (2, 2, 5, 5, 5, 2, 2):
+        assert torch.equal(run(torch.ones(size), torch.ones(size)), torch.full((size,), 3.0))
+    assert [len(launches) for launches in graphs] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_captured_in_one_mode_and_called_in_the_other(graphs, doubled, modes):
+    run = CudaGraphs(doubled)
+    for number, mode in enumerate(modes, 1):
+        with mode():
+            for _ in range(2):
+                x = torch.full((3,), float(number))
+                assert torch.equal(run(x, x), 3 * x)
+    assert [len(launches) for launches in graphs] == [3]
+
+
+@torch.no_grad()
+def test_a_call_that_fails_prepares_nothing(graphs):
+    def function(x):
+        if not failed:
+            failed.append(x)
+            raise MemoryError
+        return x + 1
+
+    failed, run = [], CudaGraphs(function)
+    with pytest.raises(MemoryError):
+        run(torch.ones(3))
+    run(torch.ones(3))
+    assert not graphs
+    assert run(torch.ones(3)).tolist() == [2.0] * 3 and len(graphs) == 1
+
+
+def test_takes_functions_to_a_tensor():
+    with pytest.raises(TypeError, match="takes a function that returns a tensor; this gave .*tuple"):
+        CudaGraphs(lambda x: (x, x))(torch.ones(3))
 
 
 def test_nothing_is_captured_where_gradients_are_recorded(graphs, doubled):
@@ -61,19 +92,24 @@ def test_nothing_is_captured_where_gradients_are_recorded(graphs, doubled):
 
 
 @torch.no_grad()
-def test_a_function_that_cannot_be_captured_is_called(graphs, doubled, monkeypatch):
+def test_after_a_failure_nothing_is_captured(graphs, doubled, monkeypatch):
     attempts = []
 
     def captured(function, device):
         attempts.append(device)
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("capture failed")
 
     monkeypatch.setattr(cuda_graph, "captured", captured)
     run = CudaGraphs(doubled)
     run(torch.ones(3), torch.ones(3))
-    with pytest.warns(UserWarning, match="without a CUDA graph, and slower: operation not permitted"):
+    with pytest.warns(UserWarning, match="without CUDA graphs, and slower: operation not permitted"):
         assert run(torch.ones(3), torch.ones(3)).tolist() == [3.0] * 3
-    assert run(torch.zeros(3), torch.ones(3)).tolist() == [1.0] * 3
+    for other in (run, CudaGraphs(doubled)):
+        for _ in range(3):
+            assert other(torch.zeros(3), torch.ones(3)).tolist() == [1.0] * 3
     assert len(attempts) == 1
 
 
@@ -85,12 +121,37 @@ def test_on_a_cpu_it_is_the_function(doubled):
     assert len(doubled.calls) == 3
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+
+
+@on_a_gpu
 @torch.no_grad()
-def test_a_graph_computes_the_same(doubled):
-    run = CudaGraphs(lambda x, y: doubled(x, y).softmax(-1))
-    for seed in range(4):
-        x, y = torch.randn(2, 64, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
-        assert torch.equal(run(x, y), (2 * x + y).softmax(-1))
-    # Once as it was, and once captured.
-    assert len(doubled.calls) == 2
+def test_graphs_compute_the_same(doubled):
+    """Two instances and two forms in turns, one of them made after many others have come and gone."""
+
+    def product(x, y):
+        return (doubled(x, y) @ y).softmax(-1)
+
+    old = CudaGraphs(product)
+    for turn in range(40):
+        run = CudaGraphs(product)
+        for size in (64, 96):
+            x, y = torch.randn(2, size, size, device="cuda")
+            for graph in (run, run, run, old):
+                assert torch.equal(graph(x, y), ((2 * x + y) @ y).softmax(-1)), turn
+    # Of each instance and form once as it was, and once captured.
+    assert len(doubled.calls) == 41 * 2 * 2
+
+
+@on_a_gpu
+@torch.no_grad()
+def test_a_capture_that_fails_leaves_all_as_it_was(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "_has_failed", False)
+    x, stream = torch.ones(8, device="cuda"), torch.cuda.current_stream()
+    run = CudaGraphs(lambda x: x * x.sum().item())
+    run(x)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert run(x).tolist() == [8.0] * 8
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(4, device="cuda").sum() > 0
+    assert run(2 * x).tolist() == [32.0] * 8

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+# Of this process: after a capture that failed, torch's allocator may believe for good that one goes on.
+_has_failed = False
 
 
 class CudaGraphs:
@@ -16,8 +18,9 @@ class CudaGraphs:
     first launch needs; the second is captured, and from then on all are one launch. On other devices, and where
     gradients are recorded, nothing is captured.
 
-    Whatever else the function reads or writes, such as weights and caches, has to stay where it is in memory: after a
-    model is moved, quantised or cast, make a new one. Each form keeps the memory that its kernels work in.
+    A graph reads and writes the memory that the capture found: of weights, caches, whatever the function uses besides
+    its arguments. After a model is moved, cast or quantised, or computes in another dtype, make a new one: the old one
+    reads memory that may be anybody's. Each form keeps the memory that its kernels work in. For one thread at a time.
 
         encode = CudaGraphs(model.encode_images)
         with torch.inference_mode():
@@ -28,62 +31,92 @@ class CudaGraphs:
         """
         Args:
             function: of tensors alone, to a tensor. It must not wait for the GPU, as `item` and `nonzero` do.
-            most: forms that are kept; calls with any other are made as they are.
+            most: graphs that are kept; then the oldest makes room.
         """
         self._function, self._most = function, most
-        # A form that was seen once, or cannot be captured, has no graph.
-        self._graphs: dict[tuple, _Graph | None] = {}
+        self._called: set[tuple] = set()
+        self._graphs: dict[tuple, _Graph] = {}
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """What the function returns for these; a tensor of its own each time."""
-        if not self._captures(*tensors):
-            return self._function(*tensors)
-        form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        """What the function returns for these; a tensor of its own each time.
+
+        Raises:
+            TypeError: the function returns something else than a tensor.
+        """
+        form = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if not self._captures(*tensors) or form not in self._called:
+            result = self._function(*tensors)
+            if not isinstance(result, Tensor):
+                raise TypeError(f"CudaGraphs takes a function that returns a tensor; this gave {type(result)}.")
+            if self._captures(*tensors):
+                self._called.add(form)
+            return result
         if form not in self._graphs:
-            if len(self._graphs) < self._most:
-                self._graphs[form] = _Graph()
-            return self._function(*tensors)
-        graph = self._graphs[form]
-        if graph is not None and not graph.is_captured:
             try:
-                graph.capture(self._function, tensors)
+                graph = _Graph(self._function, tensors)
             except RuntimeError as error:
-                graph = self._graphs[form] = None
-                warnings.warn(f"Goes on without a CUDA graph, and slower: {error}", stacklevel=2)
-        return self._function(*tensors) if graph is None else graph.replay(tensors)
+                global _has_failed
+                _has_failed = True
+                # What ends a capture says only that it failed; why stands in what came before.
+                cause = error.__context__ or error
+                warnings.warn(f"Goes on without CUDA graphs, and slower: {cause}", stacklevel=2)
+                return self._function(*tensors)
+            if len(self._graphs) >= self._most:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[form] = graph
+        return self._graphs[form](tensors)
 
     @staticmethod
     def _captures(*tensors: Tensor) -> bool:
-        return not torch.is_grad_enabled() and all(tensor.is_cuda for tensor in tensors)
+        """Whether calls with these may be a graph."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not _has_failed
+            and can_be_captured(*tensors)
+        )
+
+
+def can_be_captured(*tensors: Tensor) -> bool:
+    """Whether they are on one GPU, whose current stream nobody captures already."""
+    devices = {tensor.device for tensor in tensors}
+    return len(devices) == 1 and tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 class _Graph:
     """The kernels of one call, with the memory that they read the arguments from and leave the result in."""
 
-    def __init__(self) -> None:
-        self._launch: Callable[[], Any] | None = None
+    def __init__(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]):
+        self._given = [tensor.clone() for tensor in tensors]
+        self._launch, self._result = captured(lambda: function(*self._given), tensors[0].device)
 
-    @property
-    def is_captured(self) -> bool:
-        return self._launch is not None
-
-    def capture(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> None:
-        given = [tensor.clone() for tensor in tensors]
-        self._launch, self._result = captured(lambda: function(*given), tensors[0].device)
-        self._given = given
-
-    def replay(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        assert self._launch is not None
-        for given, tensor in zip(self._given, tensors, strict=True):
-            given.copy_(tensor)
-        self._launch()
+    def __call__(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        # Who captures in inference mode and calls without it may still write to what is kept here.
+        with torch.inference_mode():
+            for given, tensor in zip(self._given, tensors, strict=True):
+                given.copy_(tensor)
+            self._launch()
         return self._result.clone()
 
 
 def captured(function: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """What launches a function's kernels, and the tensor that they write each time."""
+    """What launches a function's kernels, and the tensor that they write each time.
+
+    torch.cuda.graph would give all cached memory back to the driver first, and leave its stream behind where a capture
+    fails.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    # Other threads, such as those that pin a loader's batches, do not concern it.
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        result = function()
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream())
+        # torch keeps cuBLAS's workspaces by stream, and streams come again: each graph is to have its own, in its pool.
+        torch._C._cuda_clearCublasWorkspaces()
+        with torch.cuda.stream(stream):
+            # Other threads, such as those that pin a loader's batches, do not concern it.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                result = function()
+            finally:
+                graph.capture_end()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, result

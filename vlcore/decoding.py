@@ -46,13 +46,15 @@ class KVCache:
                 f"{self.capacity}."
             )
         device = self.lengths.device
-        self.lengths.copy_(torch.tensor(lengths))
+        with torch.inference_mode():
+            self.lengths.copy_(torch.tensor(lengths))
         rows = torch.arange(len(lengths), device=device).repeat_interleave(self.lengths)
         self._places = rows, torch.cat([torch.arange(length, device=device) for length in lengths])
 
     def advance(self, rows: Tensor | int = 1) -> None:
         """Keep the token that the last forward wrote; with `rows` (batch,) bool only in those rows."""
-        self.lengths += rows
+        with torch.inference_mode():  # or a cache that was made in it could not be written to without
+            self.lengths += rows
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, theta: float, cu_seqlens: Tensor | None
@@ -82,9 +84,10 @@ def next_logits(model: DeepSeekVL, cache: KVCache) -> Callable[[Tensor], Tensor]
     `KVCache.advance` keeps them there. The weights are those that the model has now, copied where they are of another
     dtype than it computes in; on a GPU a step is a CUDA graph, and they may not move meanwhile.
     """
-    operands = model.language.operands(model.compute_dtype)
+    operands, head = model.language.operands(model.compute_dtype), model.lm_head.operand(model.compute_dtype)
 
     def step(tokens: Tensor) -> Tensor:
-        return model.lm_head(model.decode(tokens, operands, cache.keys, cache.values, cache.lengths))
+        hidden = model.decode(tokens, operands, cache.keys, cache.values, cache.lengths)
+        return ops.quantized_linear(hidden, head) if isinstance(head, ops.QuantizedWeight) else ops.linear(hidden, head)
 
     return CudaGraphs(step)

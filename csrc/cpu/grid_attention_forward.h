@@ -1,4 +1,4 @@
-// The forward of grid_attention.h. Read once per level.
+// The forward of grid_attention.h, which is read first. Read once per level.
 namespace vlcore::VLCORE_LEVEL {
 
 // A block of queries on its way through the keys: weighted values, and by lanes the sums of the softmax relative to

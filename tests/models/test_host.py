@@ -1,12 +1,14 @@
-"""Encoding and decoding on a device do not wait for the host, nor it for them: so they can be CUDA graphs."""
+"""What models do around their operators neither waits for the device nor brings it numbers: a CUDA graph holds it."""
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch.overrides import TorchFunctionMode
 
 from vlcore.config import preset
+from vlcore.cuda_graph import CudaGraphs
 from vlcore.decoding import KVCache
-from vlcore.models import DeepSeekVL
+from vlcore.models import DeepSeekVL, init_weights
 from vlcore.models.layers import normalized
 
 TENSOR = torch.Tensor
@@ -68,5 +70,24 @@ def test_a_token_is_decoded_on_the_device_alone(model):
 def test_channels_are_normalised_each_by_its_own():
     pixels, mean, std = torch.rand(2, 3, 4, 5), (0.1, 0.2, 0.3), (0.5, 2.0, 0.7)
     wanted = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert torch.equal(normalized(pixels, mean, std), wanted)
+    # A GPU multiplies by the reciprocal of a number that it is to divide by.
+    torch.testing.assert_close(normalized(pixels.to(DEVICE), mean, std).cpu(), wanted, rtol=2e-7, atol=1e-7)
     assert normalized(pixels.bfloat16(), mean, std).dtype == torch.float32
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+@torch.inference_mode()
+def test_an_encoder_is_a_graph():
+    model = DeepSeekVL(preset("tiny"))
+    init_weights(model, seed=0)
+    model.eval().to(DEVICE).compute_dtype = torch.bfloat16
+    encode = CudaGraphs(model.encode_images)
+    for _ in range(3):
+        pixels = torch.rand(2, 3, model.config.image_size, model.config.image_size, device=DEVICE)
+        wanted = model.encode_images(pixels)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = encode(pixels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got, wanted)
