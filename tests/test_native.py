@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vlcore import native
+from vlcore import native, ops
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZE = 64 * 2**20
@@ -37,6 +37,23 @@ def test_the_system_is_asked_for_huge_pages():
     plain, wanted = fresh(), fresh()
     native.prefer_huge_pages(wanted)
     assert "hg" in flags(wanted) and "hg" not in flags(plain)
+
+
+@pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
+@pytest.mark.skipif(not SETTING.exists(), reason="this system has no transparent huge pages")
+def test_large_results_are_written_to_huge_pages():
+    x = torch.ones(2049, 4096)
+    for result in (ops.swiglu(x, x, backend="cpp"), ops.rms_norm(x, x[0], backend="cpp")):
+        assert "hg" in flags(result)
+
+
+def test_what_malloc_has_at_hand_is_written_to_as_it_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(native, "prefer_huge_pages", asked.append)
+    small, large = torch.empty(2048, 4095), torch.empty(2048, 4096)
+    assert native.fresh(small) is small and not asked
+    native.fresh(large)
+    assert asked == [large]
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000])

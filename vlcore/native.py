@@ -66,6 +66,16 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
+# What malloc maps anew each time, and hands back as soon as it is free.
+_MAPPED = 32 << 20
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """`tensor`, not yet written, as a kernel's result: a large one on huge pages, since the system brings small ones
+    one by one as they are first written to, in several times the time that many kernels take."""
+    return prefer_huge_pages(tensor) if tensor.nbytes >= _MAPPED else tensor
+
+
 def cpp_refusals(x: Tensor) -> list[str]:
     """Why no C++ kernel can run a tensor like x."""
     if cpp is not None and x.is_cpu and x.dtype in _DTYPES:

@@ -76,13 +76,14 @@ def _cpp_refusals(x: Tensor, residual: Tensor, weight: Tensor) -> list[str]:
 def _cpp_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    y, total, rstd = torch.empty_like(x), torch.empty_like(x), launch.row_statistics(x) if keep else None
+    y, total = native.fresh(torch.empty_like(x)), native.fresh(torch.empty_like(x))
+    rstd = launch.row_statistics(x) if keep else None
     native.run_cpp("add_rms_norm_forward", x.dtype, x, residual, weight, y, total, rstd, *native.rows(x), eps)
     return y, total, rstd
 
 
 def _cpp_backward(grad_y, grad_total, total, weight, rstd, eps):
-    grad_sum, grad_weight = torch.empty_like(total), torch.empty_like(weight)
+    grad_sum, grad_weight = native.fresh(torch.empty_like(total)), torch.empty_like(weight)
     given = (grad_y, grad_total, total, weight, rstd, grad_sum, grad_weight)
     native.run_cpp("add_rms_norm_backward", total.dtype, *given, rstd.numel(), total.shape[-1])
     return grad_sum, grad_weight

@@ -167,7 +167,7 @@ def cpp_forward(
 ) -> tuple[Tensor, Tensor]:
     """The C++ kernel -> out, lse; it rotates q and k where there are positions."""
     batch, tokens, heads, _ = q.shape
-    out, lse = q.new_empty(*q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    out, lse = native.fresh(q.new_empty(*q.shape)), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     inputs, sizes = _cpp_arguments(q, k, v, cu_seqlens, positions, operator)
     native.run_cpp("attention_forward", q.dtype, *inputs, out, lse, *sizes, theta, causal, scale)
     return out, lse
@@ -177,7 +177,7 @@ def cpp_backward(
     grad_out, q, k, v, cu_seqlens, out, lse, causal, scale, positions=None, theta=1.0, operator="attention"
 ) -> tuple[Tensor, ...]:
     """-> grad_q, grad_k, grad_v."""
-    grads = tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+    grads = tuple(native.fresh(tensor.new_empty(tensor.shape)) for tensor in (q, k, v))
     inputs, sizes = _cpp_arguments(q, k, v, cu_seqlens, positions, operator)
     given = (grad_out.contiguous(), *inputs, out, lse, *grads)
     native.run_cpp("attention_backward", q.dtype, *given, *sizes, theta, causal, scale)

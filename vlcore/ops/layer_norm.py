@@ -68,14 +68,14 @@ def _cpp_refusals(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
 def _cpp_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    y, mean = torch.empty_like(x), launch.row_statistics(x) if keep else None
+    y, mean = native.fresh(torch.empty_like(x)), launch.row_statistics(x) if keep else None
     rstd = None if mean is None else torch.empty_like(mean)
     native.run_cpp("layer_norm_forward", x.dtype, x, weight, bias, y, mean, rstd, *native.rows(x), eps)
     return y, mean, rstd
 
 
 def _cpp_backward(grad_y, x, weight, mean, rstd, eps):
-    grad_x, grads = torch.empty_like(x), weight.new_empty(2, *weight.shape)
+    grad_x, grads = native.fresh(torch.empty_like(x)), weight.new_empty(2, *weight.shape)
     sizes = (mean.numel(), x.shape[-1])
     native.run_cpp("layer_norm_backward", x.dtype, grad_y, x, weight, mean, rstd, grad_x, grads, *sizes)
     return grad_x, grads[0], grads[1].clone()

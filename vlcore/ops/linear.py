@@ -127,7 +127,7 @@ def _cpp_worthwhile(x, weight, bias, residual=None, activation=None) -> bool:
 
 
 def _cpp_forward(x: Tensor, weight: Tensor, bias, residual, activation) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    y = native.fresh(x.new_empty(*x.shape[:-1], weight.shape[0]))
     sizes = (num_rows(x), *weight.shape)
     if sizes[0] <= MAX_ROWS:
         native.run_cpp("linear_forward", x.dtype, x, weight, bias, y, *sizes)
@@ -137,7 +137,7 @@ def _cpp_forward(x: Tensor, weight: Tensor, bias, residual, activation) -> Tenso
 
 
 def _cpp_backward(grad_y: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool):
-    grad_x, grad_weight = _empty_gradients(x, weight, needs_x, needs_weight)
+    grad_x, grad_weight = map(native.fresh, _empty_gradients(x, weight, needs_x, needs_weight))
     sizes = (num_rows(x), *weight.shape)
     if needs_x:
         native.run_cpp("linear_grad_x", x.dtype, grad_y, weight, grad_x, *sizes)

@@ -167,7 +167,7 @@ def _cpp_forward(q, k, v, rel_pos_h, rel_pos_w, height, width):
 
 
 def _cpp_backward(grad_out, q, k, v, rel_pos_h, rel_pos_w, out, sums, height, width):
-    grads = _empty_gradients(q, k, v, rel_pos_h, rel_pos_w)
+    grads = tuple(map(native.fresh, _empty_gradients(q, k, v, rel_pos_h, rel_pos_w)))
     strides = (tensor.stride()[:3] for tensor in (grad_out, q, k, v, out))
     given = (grad_out, q, k, v, rel_pos_h, rel_pos_w, out, sums, *grads)
     sizes = (*q.shape[:2], height, width, q.shape[3])

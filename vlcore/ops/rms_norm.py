@@ -67,13 +67,13 @@ def _cpp_refusals(x: Tensor, weight: Tensor) -> list[str]:
 
 
 def _cpp_forward(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
-    y, rstd = torch.empty_like(x), launch.row_statistics(x) if keep else None
+    y, rstd = native.fresh(torch.empty_like(x)), launch.row_statistics(x) if keep else None
     native.run_cpp("rms_norm_forward", x.dtype, x, weight, y, rstd, *native.rows(x), eps)
     return y, rstd
 
 
 def _cpp_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad_x, grad_weight = native.fresh(torch.empty_like(x)), torch.empty_like(weight)
     sizes = rstd.numel(), x.shape[-1]
     native.run_cpp("rms_norm_backward", x.dtype, grad_y, x, weight, rstd, grad_x, grad_weight, *sizes)
     return grad_x, grad_weight

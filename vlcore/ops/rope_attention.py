@@ -83,7 +83,7 @@ class ApplyRope(torch.autograd.Function):
 
 
 def _cpp_apply_rope(x: Tensor, positions: Tensor, theta: float, backwards: bool = False) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = native.fresh(x.new_empty(x.shape))
     given = (native.strided(x), positions.long().contiguous(), y)
     native.run_cpp("apply_rope", x.dtype, *given, *x.shape, theta, backwards)
     return y

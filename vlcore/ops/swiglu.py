@@ -63,14 +63,14 @@ def _cpp_refusals(gate: Tensor, up: Tensor) -> list[str]:
 
 def _cpp_forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
+    y = native.fresh(torch.empty_like(gate))
     native.run_cpp("swiglu_forward", gate.dtype, gate, up, y, y.numel())
     return y
 
 
 def _cpp_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = gate.contiguous(), up.contiguous()
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    grad_gate, grad_up = native.fresh(torch.empty_like(gate)), native.fresh(torch.empty_like(up))
     native.run_cpp("swiglu_backward", gate.dtype, grad_y, gate, up, grad_gate, grad_up, gate.numel())
     return grad_gate, grad_up
 

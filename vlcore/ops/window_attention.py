@@ -148,7 +148,7 @@ def _cpp_forward(qkv, qkv_bias, rel_pos_h, rel_pos_w, window):
 
 
 def _cpp_backward(grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, sums, window):
-    grads = _empty_gradients(qkv, rel_pos_h, rel_pos_w)
+    grads = tuple(map(native.fresh, _empty_gradients(qkv, rel_pos_h, rel_pos_w)))
     batch, height, width, _, heads, head_dim = qkv.shape
     sizes = (batch, height, width, heads, head_dim, window)
     given = (grad_out, qkv, qkv_bias, rel_pos_h, rel_pos_w, out, sums, *grads)
