@@ -43,5 +43,4 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(cuda_graph, "captured", captured)
     monkeypatch.setattr(cuda_graph, "can_be_captured", lambda *tensors: True)
-    monkeypatch.setattr(cuda_graph, "_has_failed", False)
     return made

@@ -1,13 +1,12 @@
 """What Python would launch kernel by kernel on a GPU, as one launch."""
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# Of this process: after a capture that failed, torch's allocator may believe for good that one goes on.
-_has_failed = False
+# Whether functions become graphs at all; False calls them as they are.
+enabled = True
 
 
 class CudaGraphs:
@@ -42,6 +41,7 @@ class CudaGraphs:
 
         Raises:
             TypeError: the function returns something else than a tensor.
+            RuntimeError: it cannot be captured. torch's allocator and generator are then no more to be counted on.
         """
         form = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         if not self._captures(*tensors) or form not in self._called:
@@ -55,12 +55,12 @@ class CudaGraphs:
             try:
                 graph = _Graph(self._function, tensors)
             except RuntimeError as error:
-                global _has_failed
-                _has_failed = True
                 # What ends a capture says only that it failed; why stands in what came before.
                 cause = error.__context__ or error
-                warnings.warn(f"Goes on without CUDA graphs, and slower: {cause}", stacklevel=2)
-                return self._function(*tensors)
+                raise RuntimeError(
+                    f"This cannot be a CUDA graph: {cause}. In a new process, vlcore.cuda_graph.enabled = False goes "
+                    f"without, and slower."
+                ) from cause
             if len(self._graphs) >= self._most:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[form] = graph
@@ -70,10 +70,7 @@ class CudaGraphs:
     def _captures(*tensors: Tensor) -> bool:
         """Whether calls with these may be a graph."""
         return (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not _has_failed
-            and can_be_captured(*tensors)
+            enabled and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and can_be_captured(*tensors)
         )
 
 
