@@ -43,7 +43,7 @@ class CudaGraphs:
             TypeError: the function returns something else than a tensor.
             RuntimeError: it cannot be captured. torch's allocator and generator are then no more to be counted on.
         """
-        form = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         if not self._captures(*tensors) or form not in self._called:
             result = self._function(*tensors)
             if not isinstance(result, Tensor):
