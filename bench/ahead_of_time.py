@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from vlcore.bench import machine_code
-from vlcore.bench.command import DTYPES
+from vlcore.bench.dtypes import DTYPES, TF32, computing_in
 from vlcore.bench.gpu_cases import gpu_cases
 from vlcore.bench.harness import Case, Maker, values
 from vlcore.bench.launches import Entry, Tried, watched
@@ -21,8 +21,9 @@ from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
 from vlcore.kernels import launch
 
 MEASURES = ("registers", "spills", "stack", "shared", "warps")
-# A product of 16-bit tiles in Triton's own language, and the rows of its result.
-DOT = re.compile(r"tt\.dot\b.*: tensor<(\d+)x\d+x(?:bf16|f16)>")
+# A product that tensor cores compute, of 16-bit tiles or in TF32, in Triton's own language, and its rows.
+IN_TF32 = "inputPrecision = tf32"
+DOT = re.compile(rf"tt\.dot\b.*(?:: tensor<(\d+)x\d+x(?:bf16|f16)>|{IN_TF32} : tensor<(\d+)x\d+xf32>)")
 
 Record = dict[str, Any]
 
@@ -33,13 +34,14 @@ def compiled(case: Case, dtype: str, tried: Tried | None = None) -> list[Record]
 
     def compile_instead(kernel: str, entry: Entry | None, go: Callable[..., Any]) -> Any:
         binary = go(warmup=True)
-        if id(binary) not in made:
+        # What multiplies nothing in TF32 is float32's.
+        if id(binary) not in made and (dtype != TF32 or IN_TF32 in binary.asm["ttir"]):
             table = f"{entry.operator}.{entry.kernel}" if entry else None
             found = {"operator": case.operator, "kernel": kernel, "dtype": dtype}
             made[id(binary)] = binary, found | {"table": table, "entry": entry and entry.index} | _measured(binary)
         return binary
 
-    with ShapesOnly():
+    with ShapesOnly(), computing_in(dtype):
         inputs = case.inputs(Maker(DTYPES[dtype], "cpu"))
         with watched(compile_instead, tried):
             values(case, case.on("triton"), inputs if isinstance(inputs, tuple) else inputs[0])
@@ -55,7 +57,7 @@ def _measured(binary) -> Record:
         "shared": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
         "tensor": function.tensor,
-        "dot_rows": max((int(rows) for rows in DOT.findall(binary.asm["ttir"])), default=0),
+        "dot_rows": max((int(a or b) for a, b in DOT.findall(binary.asm["ttir"])), default=0),
     }
 
 

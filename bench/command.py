@@ -12,13 +12,13 @@ from traceback import print_exception
 import torch
 
 from vlcore.bench import harness, models
+from vlcore.bench.dtypes import DTYPES, TF32, computing_in
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import operators
 from vlcore.bench.plot import draw
 from vlcore.bench.report import Results, line, read
 from vlcore.bench.timing import machine, roofline
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 # Part of a model -> the module and function that yields its cases.
 MODELS = {
     "vision": ("models", "vision"),
@@ -55,7 +55,7 @@ def run(
         names: operators; all that have a bench where nothing else is asked for.
         parts: of MODELS.
         device: "cpu" or "cuda".
-        dtypes: of DTYPES; by default bfloat16, and for operators float32 too.
+        dtypes: of DTYPES, TF32 on GPUs only; by default bfloat16, and for operators float32 too.
         overhead: whether what calls of operators cost the host is measured.
         compiled: whether torch.compile is one of the peers, which takes minutes.
         json_file: where results are added; it holds one machine's only.
@@ -71,6 +71,8 @@ def run(
             raise ValueError(f"There is no bench of {name!r}; there are {', '.join(benched())}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no CUDA device here that torch can use.")
+    if device == "cpu" and TF32 in dtypes:
+        raise ValueError("TF32 is how GPUs multiply float32; a CPU does not.")
     here = machine(device)
     kept = read(json_file) if json_file and json_file.exists() else Results(here)
     if kept.machine != here:
@@ -81,19 +83,20 @@ def run(
     chosen = names or ([] if parts or overhead else benched())
     failed: list[str] = []
     for dtype in dtypes or (("bfloat16", "float32") if chosen else ("bfloat16",)):
-        limit = roofline(DTYPES[dtype], device)
-        print(f"{dtype}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s at best", flush=True)
-        results = chain(
-            _overhead(DTYPES[dtype], device) if overhead else (),
-            _operators(chosen, dtype, device, compiled, failed),
-            _models(parts, dtype, device, compiled, failed),
-        )
-        for found in results:
-            found = replace(found, limit=limit)
-            print(line(found), flush=True)
-            kept.add(found)
-            if json_file:
-                kept.write(json_file)
+        with computing_in(dtype):
+            limit = roofline(DTYPES[dtype], device)
+            print(f"{dtype}: {limit.flops / 1e9:.0f} GFLOP/s, {limit.bandwidth / 1e9:.1f} GB/s at best", flush=True)
+            results = chain(
+                _overhead(DTYPES[dtype], device) if overhead else (),
+                _operators(chosen, dtype, device, compiled, failed),
+                _models(parts, dtype, device, compiled, failed),
+            )
+            for found in results:
+                found = replace(found, limit=limit, dtype=dtype)
+                print(line(found), flush=True)
+                kept.add(found)
+                if json_file:
+                    kept.write(json_file)
     if plot_file:
         draw(kept, plot_file)
     if failed:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from vlcore.bench import command
+from vlcore.bench.dtypes import DTYPES, TF32, computing_in
 from vlcore.bench.harness import Case, Maker, contenders, prepared
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vlcore")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
-    group.addoption("--dtype", default="bfloat16", choices=tuple(command.DTYPES))
+    group.addoption("--dtype", default="bfloat16", choices=tuple(DTYPES))
     group.addoption("--compiled", action="store_true", help="torch.compile among the peers")
 
 
@@ -42,7 +43,10 @@ class Bench(pytest.File):
 def _benchmark(case: Case, name: str) -> Callable:
     def run(benchmark: Any, pytestconfig: pytest.Config) -> None:
         option = pytestconfig.option
+        if option.dtype == TF32 and option.device == "cpu":
+            pytest.skip("TF32 is how GPUs multiply float32")
         benchmark.group = f"{case.title}, {case.shape}, {option.dtype}"
-        benchmark(prepared(case, Maker(command.DTYPES[option.dtype], option.device), name))
+        with computing_in(option.dtype):
+            benchmark(prepared(case, Maker(DTYPES[option.dtype], option.device), name))
 
     return run

@@ -19,7 +19,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vlcore.bench.command import DTYPES, benched
+from vlcore.bench.command import benched
+from vlcore.bench.dtypes import DTYPES
 from vlcore.bench.machine_code import compile_cuda
 from vlcore.bench.report import RESULTS
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlcore.bench.dtypes import DTYPES
 from vlcore.bench.harness import Measurement
 from vlcore.bench.peers import EAGER, OURS
 from vlcore.bench.timing import Roofline
 
-DTYPES = ("bfloat16", "float32", "float16")
 RESULTS = Path(__file__).parent / "results"
 
 

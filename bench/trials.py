@@ -11,7 +11,7 @@ import torch
 
 from vlcore.bench import harness, timing
 from vlcore.bench.ahead_of_time import compiled
-from vlcore.bench.command import DTYPES
+from vlcore.bench.dtypes import DTYPES, TF32, computing_in
 from vlcore.bench.gpu_cases import gpu_cases
 from vlcore.bench.harness import Case, Maker
 from vlcore.bench.launches import Entry, Tried, watched
@@ -23,7 +23,7 @@ Settings = dict[str, int]
 # Calls that a kernel is timed over, and reads of FLUSHED bytes before each: meanwhile the host queues the call.
 CALLS, FLUSHES = 15, 20
 # float16 is launched as bfloat16 is.
-DTYPES_TRIED = ("bfloat16", "float32")
+DTYPES_TRIED = ("bfloat16", "float32", TF32)
 # Seconds for a round of compilations; what takes longer is not tried.
 PATIENCE = 60
 
@@ -61,7 +61,12 @@ class Run:
         return inputs if isinstance(inputs, tuple) else inputs[0]
 
     def call(self, inputs: tuple) -> None:
-        harness.values(self.case, self.case.on("triton"), inputs)
+        with computing_in(self.dtype):
+            harness.values(self.case, self.case.on("triton"), inputs)
+
+    def check(self, inputs: tuple) -> None:
+        with computing_in(self.dtype):
+            harness.check(self.case, inputs, ["triton"])
 
 
 def reached(operators: Sequence[str], pool: Executor) -> dict[Entry, list[Run]]:
@@ -128,7 +133,7 @@ def on_this_gpu(entry: Entry, runs: Sequence[Run], pool: Executor) -> Trial:
         try:
             with watched(lambda kernel, entry, go: go(), {entry: settings}):
                 for run, given in zip(runs, inputs, strict=True):
-                    harness.check(run.case, given, ["triton"])
+                    run.check(given)
         except AssertionError:
             return False
         return True

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import norm_rows
+from . import norm_rows, norm_rows_backward
 
 
 def forward(
@@ -18,5 +18,7 @@ def backward(
     grad_y: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """grad_y, grad_total, total (..., N) contiguous, rstd (...) -> grad_sum (..., N), grad_weight (N,)."""
-    grad_sum, grad_weight, _ = norm_rows.backward("add_rms_norm", grad_y, total, weight, rstd, grad_total=grad_total)
+    grad_sum, grad_weight, _ = norm_rows_backward.backward(
+        "add_rms_norm", grad_y, total, weight, rstd, grad_total=grad_total
+    )
     return grad_sum, grad_weight

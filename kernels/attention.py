@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import direct_launch, launch
+from .matrix_product import input_precision, operand_bits
 from .sequence_attention import forward_kernel
 from .sequence_attention_backward import keys_kernel, queries_kernel
 
@@ -90,13 +91,19 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, heads: in
 def _compiled_for(
     q: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, turns: Tensor | None
 ) -> tuple[dict, float, dict]:
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return _constants(q.dtype, q.shape[3], cu_seqlens is not None, causal, scale, turns is not None, tf32)
+    precision = input_precision(q.dtype)
+    return _constants(q.dtype, precision, q.shape[3], cu_seqlens is not None, causal, scale, turns is not None)
 
 
 @cache
 def _constants(
-    dtype: torch.dtype, head_dim: int, packed: bool, causal: bool, scale: float, rotary: bool, tf32: bool
+    dtype: torch.dtype,
+    precision: str,
+    head_dim: int,
+    packed: bool,
+    causal: bool,
+    scale: float,
+    rotary: bool,
 ) -> tuple[dict, float, dict]:
     """What a kernel is compiled for, the factor of the scores, and what its launch depends on. Not to be changed.
 
@@ -111,7 +118,7 @@ def _constants(
         "PACKED": packed,
         "ROTARY": rotary,
         "SIGN": 1 if wide else (scale > 0) - (scale < 0),
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": precision,
     }
-    sizes = {"bits": 8 * dtype.itemsize, "head_dim": constants["BLOCK_D"], "packed": int(packed)}
+    sizes = {"bits": operand_bits(dtype, precision), "head_dim": constants["BLOCK_D"], "packed": int(packed)}
     return constants, scale if wide else abs(scale) * math.log2(math.e) or 1.0, sizes

@@ -177,7 +177,7 @@ def conv(
     grid = (ceil_div(num_rows, settings["BLOCK_M"]) * ceil_div(weight.shape[0], settings["BLOCK_N"]),)
     sizes = (num_rows, height, width, side, channels, weight.shape[0])
     if num_rows > 0:
-        constants = settings | {"PRECISION": input_precision()}
+        constants = settings | {"PRECISION": input_precision(x.dtype)}
         direct_launch.run(_conv_kernel, grid, (x, skip, alpha, weight, y), sizes, constants)
     return y
 
@@ -190,7 +190,7 @@ def input_gradient(grad_y: Tensor, weight: Tensor, settings: dict[str, int]) -> 
     grid = (4 * ceil_div(num_rows, settings["BLOCK_M"]) * ceil_div(channels, settings["BLOCK_N"]),)
     sizes = (num_rows, side, channels, out_channels)
     if num_rows > 0:
-        constants = settings | {"PRECISION": input_precision()}
+        constants = settings | {"PRECISION": input_precision(grad_y.dtype)}
         direct_launch.run(_input_gradient_kernel, grid, (grad_y, weight, grad_x), sizes, constants)
     return grad_x
 
@@ -202,6 +202,6 @@ def weight_gradient(grad_y: Tensor, x: Tensor, settings: dict[str, int]) -> Tens
     parts = x.new_empty(splits, out_channels, 3, 3, channels, dtype=x.dtype if splits == 1 else torch.float32)
     num_tiles = ceil_div(out_channels, settings["BLOCK_M"]) * 9 * ceil_div(channels, settings["BLOCK_N"])
     sizes = (batch * side * side, side, channels, out_channels)
-    constants = settings | {"PRECISION": input_precision()}
+    constants = settings | {"PRECISION": input_precision(x.dtype)}
     direct_launch.run(_weight_gradient_kernel, (num_tiles, splits), (grad_y, x, parts), sizes, constants)
     return parts[0] if splits == 1 else parts.sum(0).to(x.dtype)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import direct_launch, launch
+from .matrix_product import input_precision, operand_bits
 from .rotary import cosines_and_sines, frequencies, log2_theta, turn
 
 
@@ -122,8 +123,7 @@ def forward(
     if not out.numel():
         return out
     (batch, _, heads, dim), (_, size, kv_heads, _) = q.shape, key_cache.shape
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    how, merge = _settings(q.dtype, q.device, heads // kv_heads, dim, tf32)
+    how, merge = _settings(q.dtype, input_precision(q.dtype), q.device, heads // kv_heads, dim)
     blocks = launch.ceil_div(size, how["BLOCK_N"])
     sums = q.new_empty((batch * heads * blocks * (dim + 2),), dtype=torch.float32)
     statistics = sums[batch * heads * blocks * dim :]
@@ -137,15 +137,15 @@ def forward(
 
 
 @cache
-def _settings(dtype: torch.dtype, device: torch.device, group: int, dim: int, tf32: bool) -> tuple[dict, dict]:
+def _settings(dtype: torch.dtype, precision: str, device: torch.device, group: int, dim: int) -> tuple[dict, dict]:
     """What both kernels are compiled for, and how they are launched. Not to be changed."""
     constants = {
         "HEAD_DIM": dim,
         "HALF": max(launch.next_power_of_2(dim // 2), 16),
         "BLOCK_D": max(launch.next_power_of_2(dim), 16),
         "BLOCK_G": max(launch.next_power_of_2(group), 16),
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": precision,
     }
-    how = launch.settings("decode_attention", "block", device, bits=8 * dtype.itemsize)
+    how = launch.settings("decode_attention", "block", device, bits=operand_bits(dtype, precision))
     merge = launch.settings("decode_attention", "merge", device)
     return constants | how, {"HEAD_DIM": dim, "BLOCK_N": how["BLOCK_N"]} | merge

@@ -9,10 +9,11 @@ from torch import Tensor
 from . import launch
 from .bilinear import resize, resize_backward
 from .convolution import conv, input_gradient, weight_gradient
+from .matrix_product import input_precision, operand_bits
 
 
 def _settings(kernel: str, x: Tensor) -> dict[str, int]:
-    sizes = {"bits": 8 * x.element_size(), "batch": launch.next_power_of_2(x.shape[0])}
+    sizes = {"bits": operand_bits(x.dtype, input_precision(x.dtype)), "batch": launch.next_power_of_2(x.shape[0])}
     return launch.settings("downsample_features", kernel, x.device, **sizes)
 
 

@@ -14,7 +14,7 @@ from .grid_attention import forward_kernel
 from .grid_attention_backward import backward_queries_kernel
 from .grid_attention_sums import backward_keys_kernel, backward_tables_kernel, sum_parts_kernel
 from .launch import ceil_div, next_power_of_2, settings
-from .matrix_product import input_precision
+from .matrix_product import input_precision, operand_bits
 
 # Up to this many keys, such as a window's, delta is corrected in every dtype.
 FEW_KEYS = 512
@@ -61,7 +61,7 @@ class Grids:
 def _constants(grids: Grids, kernel: str, device: torch.device, dtype: torch.dtype, precision: str) -> dict:
     """A kernel's constants, warps and stages, less those that it does not have."""
     block_d = max(next_power_of_2(grids.head_dim), 16)
-    sizes = {"bits": 8 * dtype.itemsize, "head_dim": block_d, "tokens": next_power_of_2(grids.tokens)}
+    sizes = {"bits": operand_bits(dtype, precision), "head_dim": block_d, "tokens": next_power_of_2(grids.tokens)}
     entry = dict(settings(grids.operator, kernel, device, **sizes))
     if kernel == "backward_tables":
         entry["BLOCK_X"] = settings(grids.operator, "backward_queries", device, **sizes)["BLOCK_X"]
@@ -75,7 +75,7 @@ def _constants(grids: Grids, kernel: str, device: torch.device, dtype: torch.dty
 
 
 def _constants_of(grids: Grids, kernel: str, tensor: Tensor) -> dict:
-    return _constants(grids, kernel, tensor.device, tensor.dtype, input_precision())
+    return _constants(grids, kernel, tensor.device, tensor.dtype, input_precision(tensor.dtype))
 
 
 def launch_forward(

@@ -93,14 +93,14 @@ def backward_keys_kernel(
         rel_w = tl.load(rel_w_at, mask=is_column[:, None] & written[None, :], other=float("-inf"))
         shift = tl.load(statistics_ptr + token, mask=written, other=0.0)
         delta = tl.load(statistics_ptr + TOKENS + token, mask=written, other=0.0)
-        s = tl.reshape(tl.dot(kept(key, first), q.T, input_precision=PRECISION), (ROWS, BLOCK_X, BLOCK_M))
+        s = tl.reshape(tl.dot(kept(key, first, PRECISION), q.T, input_precision=PRECISION), (ROWS, BLOCK_X, BLOCK_M))
         t = s * (SCALE if EXACT else SCALE * LOG2E) + rel_w[None, :, :]
         p = exponential(t - (shift[None, :] - rel_h)[:, None, :], EXACT)
         if CORRECTED:
             p *= tl.load(statistics_ptr + 2 * TOKENS + token, mask=written, other=0.0)[None, None, :]
         operand = tl.reshape(p, (BLOCK_N, BLOCK_M)).to(grad_out.dtype)
         grad_v = tl.dot(operand, grad_out, grad_v, input_precision=PRECISION)
-        grad_p = tl.reshape(tl.dot(kept(value, first), grad_out.T, input_precision=PRECISION), p.shape)
+        grad_p = tl.reshape(tl.dot(kept(value, first, PRECISION), grad_out.T, input_precision=PRECISION), p.shape)
         grad_s = tl.reshape(p * (grad_p - delta[None, None, :]), (BLOCK_N, BLOCK_M)).to(q.dtype)
         grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION)
     grad_k *= SCALE

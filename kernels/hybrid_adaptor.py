@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import direct_launch, launch
-from .matrix_product import indices, input_precision, product, store_tile, tile_at
+from .matrix_product import indices, input_precision, operand_bits, product, store_tile, tile_at
 
 # Rows of tiles that are finished together.
 GROUP = tl.constexpr(8)
@@ -188,7 +188,7 @@ def _weight_gradients_kernel(
 
 
 def _settings(kernel: str, x: Tensor, num_rows: int) -> dict[str, int]:
-    sizes = {"bits": 8 * x.element_size(), "rows": launch.next_power_of_2(num_rows)}
+    sizes = {"bits": operand_bits(x.dtype, input_precision(x.dtype)), "rows": launch.next_power_of_2(num_rows)}
     return launch.settings("hybrid_adaptor", kernel, x.device, **sizes)
 
 
@@ -197,7 +197,7 @@ def _tiles(M: int, N: int, settings: dict[str, int]) -> int:
 
 
 def _run(kernel, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], num_tiles: int, settings: dict[str, int]) -> None:
-    direct_launch.run(kernel, (num_tiles,), tensors, sizes, settings | {"PRECISION": input_precision()})
+    direct_launch.run(kernel, (num_tiles,), tensors, sizes, settings | {"PRECISION": input_precision(tensors[0].dtype)})
 
 
 def forward(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import norm_rows
+from . import norm_rows, norm_rows_backward
 
 
 def forward(
@@ -17,6 +17,6 @@ def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_y, x (..., N) contiguous, mean and rstd (...) -> grad_x (..., N), grad_weight and grad_bias (N,)."""
-    grad_x, grad_weight, grad_bias = norm_rows.backward("layer_norm", grad_y, x, weight, rstd, mean=mean)
+    grad_x, grad_weight, grad_bias = norm_rows_backward.backward("layer_norm", grad_y, x, weight, rstd, mean=mean)
     assert grad_bias is not None
     return grad_x, grad_weight, grad_bias

@@ -5,9 +5,15 @@ import triton
 import triton.language as tl
 
 
-def input_precision() -> str:
-    """How float32 operands are multiplied: as they are, unless torch's own switch allows TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def input_precision(dtype: torch.dtype) -> str:
+    """How operands are multiplied: as they are, unless they are float32 and torch's own switch allows TF32."""
+    # Asked for allow_tf32, torch raises once its newer switch has been used; this one knows both.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def operand_bits(dtype: torch.dtype, precision: str) -> int:
+    """Of what is multiplied, by which launch tables choose: 19 in TF32."""
+    return 19 if precision == "tf32" else 8 * dtype.itemsize
 
 
 @triton.jit
@@ -65,7 +71,7 @@ def store_tile(y_ptr, y, rows, cols, M, N, stride):
 
 
 @triton.jit
-def kept(x, start):
+def kept(x, start, PRECISION: tl.constexpr):
     """x, an operand of every turn of a loop over `start`, which is not negative. A compiler that knew it to be the same
     in all would load it before the loop: a row of float32, multiplied without tensor cores, fills the registers."""
-    return tl.where(start >= 0, x, 0.0) if x.dtype == tl.float32 else x
+    return tl.where(start >= 0, x, 0.0) if x.dtype == tl.float32 and PRECISION == "ieee" else x

@@ -4,13 +4,13 @@ The weight is the left operand of the product, y^T = W x^T: tensor cores take th
 integers are unpacked, and the few rows of a decoding step fill the narrow side of a tile.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import direct_launch
 from .launch import ceil_div, next_power_of_2, settings
+from .matrix_product import input_precision, operand_bits
 
 
 @triton.jit
@@ -139,13 +139,14 @@ def backward(grad_y: Tensor, values: Tensor, scales: Tensor, num_inputs: int, bi
 
 def _launch(kernel: str, given: tuple, num_rows: int, num_outputs: int, num_inputs: int, bits: int) -> None:
     x, scales = given[0], given[2]
+    precision = input_precision(x.dtype)
     table = settings(
         "quantized_linear",
         kernel,
         x.device,
         rows=next_power_of_2(num_rows),
         bits=bits,
-        element_bits=8 * x.element_size(),
+        element_bits=operand_bits(x.dtype, precision),
     )
     across = (num_outputs, table["BLOCK_N"]) if kernel == "_forward_kernel" else (num_inputs, table["BLOCK_K"])
     grid = (ceil_div(num_rows, table["BLOCK_M"]), ceil_div(*across))
@@ -153,6 +154,6 @@ def _launch(kernel: str, given: tuple, num_rows: int, num_outputs: int, num_inpu
     constants = {
         "BITS": bits,
         "GROUP": 0 if scales.shape[1] == 1 else num_inputs // scales.shape[1],
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": precision,
     }
     direct_launch.run(globals()[kernel], grid, given, sizes, constants | table)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import norm_rows
+from . import norm_rows, norm_rows_backward
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -13,5 +13,5 @@ def forward(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, 
 
 def backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """grad_y, x (..., N) contiguous, rstd (...) -> grad_x (..., N), grad_weight (N,)."""
-    grad_x, grad_weight, _ = norm_rows.backward("rms_norm", grad_y, x, weight, rstd)
+    grad_x, grad_weight, _ = norm_rows_backward.backward("rms_norm", grad_y, x, weight, rstd)
     return grad_x, grad_weight

@@ -181,7 +181,7 @@ def _attend(
         v = load_rows(
             v_base, start, end, v_token, value_cols, real_value_cols, BLOCK_N, not MASKED, HEAD_DIM == BLOCK_D
         )
-        scores = tl.dot(kept(q, start), tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(kept(q, start, PRECISION), tl.trans(k), input_precision=PRECISION)
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
             visible = keys[None, :] < end_keys[:, None]

@@ -66,7 +66,7 @@ def _gather_queries(
     for start in range(begin, end, BLOCK_N):
         k = load_rows(k_base, start, end, k_token, key_cols, real_key_cols, BLOCK_N, not MASKED, ALL_COLS)
         v = load_rows(v_base, start, end, v_token, cols, real, BLOCK_N, not MASKED, ALL_COLS)
-        scores = tl.dot(kept(q, start), tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(kept(q, start, PRECISION), tl.trans(k), input_precision=PRECISION)
         p = exponentials(scores, lse[:, None], factor, q.dtype == tl.float32)
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
@@ -74,7 +74,7 @@ def _gather_queries(
             if PACKED:
                 visible &= keys[None, :] >= first_keys[:, None]
             p = tl.where(visible, p, 0.0)
-        grad_p = tl.dot(kept(grad_out, start), tl.trans(v), input_precision=PRECISION)
+        grad_p = tl.dot(kept(grad_out, start, PRECISION), tl.trans(v), input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[:, None])
         acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
     return acc
@@ -159,7 +159,7 @@ def _add_block(
     delta = tl.load(delta_base + queries, mask=queries < end, other=0.0)
     if q.dtype == tl.float32:
         # The very scores of the forward, whose roundings are then those of the denominators too.
-        scores = tl.trans(tl.dot(q * factor, tl.trans(kept(k, start)), input_precision=PRECISION))
+        scores = tl.trans(tl.dot(q * factor, tl.trans(kept(k, start, PRECISION)), input_precision=PRECISION))
     else:
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = exponentials(scores, lse[None, :], factor, q.dtype == tl.float32)
@@ -167,7 +167,7 @@ def _add_block(
         visible = (queries[None, :] >= first_queries[:, None]) & (queries[None, :] < end_queries[:, None])
         p = tl.where(visible, p, 0.0)
     grad_v = tl.dot(p.to(q.dtype), grad_out, grad_v, input_precision=PRECISION)
-    grad_p = tl.dot(kept(v, start), tl.trans(grad_out), input_precision=PRECISION)
+    grad_p = tl.dot(kept(v, start, PRECISION), tl.trans(grad_out), input_precision=PRECISION)
     grad_scores = p * (grad_p - delta[None, :])
     grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v

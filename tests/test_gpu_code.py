@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vlcore.bench import gpu_code
+from vlcore.bench.dtypes import TF32
 from vlcore.bench.peers import operators
 from vlcore.kernels import launch
 
@@ -21,7 +22,7 @@ KERNELS = [*FOUND.triton, *FOUND.cuda]
 TRITONS = sorted({record["triton"] for record in FOUND.triton})
 # What every GPU that is launched by a table gives one block: since Ampere, and of the data centre since Hopper.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-# The tensor cores' instruction for large tiles of 16-bit numbers, whose rows fill a warpgroup; HMMA takes smaller ones.
+# The tensor cores' instruction for large tiles, whose rows fill a warpgroup; HMMA takes smaller ones.
 LARGE_TILES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 WARPGROUP_ROWS = 64
 
@@ -62,11 +63,16 @@ def test_registers_and_shared_memory_fit():
     assert not offenders(lambda record: record["shared"] > SHARED[record["architecture"]])
 
 
-def test_products_of_16_bit_tiles_run_on_the_tensor_cores():
+def test_products_run_on_the_tensor_cores():
     def slow(record):
-        rows, architecture = record.get("dot_rows", 0), record["architecture"]
-        wanted = {"HMMA", LARGE_TILES[architecture]} if rows < WARPGROUP_ROWS else {LARGE_TILES[architecture]}
+        rows, wanted = record.get("dot_rows", 0), {LARGE_TILES[record["architecture"]]}
+        # TF32 operands have to lie along the sum for those, and not all of them do.
+        if rows < WARPGROUP_ROWS or record["dtype"] == TF32:
+            wanted |= {"HMMA"}
         return rows and not wanted & record["tensor"].keys()
+
+    # Of float32 only TF32's is a product that they compute.
+    assert all(record["dot_rows"] for record in FOUND.triton if record["dtype"] == TF32)
 
     assert not offenders(slow)
 

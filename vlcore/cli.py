@@ -105,7 +105,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="a part of a model end to end, beside transformers; may be given again",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", action="append", default=[], choices=("bfloat16", "float32", "float16"))
+    parser.add_argument("--dtype", action="append", default=[], choices=("bfloat16", "float32", "float16", "tf32"))
     parser.add_argument("--overhead", action="store_true", help="what calls of operators cost the host")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the peers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
