@@ -12,7 +12,7 @@ from traceback import print_exception
 import torch
 
 from vlcore.bench import harness, models
-from vlcore.bench.dtypes import DTYPES, TF32, computing_in
+from vlcore.bench.dtypes import DTYPES, check_dtypes, computing_in
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import operators
 from vlcore.bench.plot import draw
@@ -71,8 +71,7 @@ def run(
             raise ValueError(f"There is no bench of {name!r}; there are {', '.join(benched())}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no CUDA device here that torch can use.")
-    if device == "cpu" and TF32 in dtypes:
-        raise ValueError("TF32 is how GPUs multiply float32; a CPU does not.")
+    check_dtypes(dtypes, device)
     here = machine(device)
     kept = read(json_file) if json_file and json_file.exists() else Results(here)
     if kept.machine != here:

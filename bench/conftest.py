@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vlcore.bench import command
-from vlcore.bench.dtypes import DTYPES, TF32, computing_in
+from vlcore.bench.dtypes import DTYPES, check_dtypes, computing_in
 from vlcore.bench.harness import Case, Maker, contenders, prepared
 
 
@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
     group.addoption("--dtype", default="bfloat16", choices=tuple(DTYPES))
     group.addoption("--compiled", action="store_true", help="torch.compile among the peers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        check_dtypes([config.option.dtype], config.option.device)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -43,8 +50,6 @@ class Bench(pytest.File):
 def _benchmark(case: Case, name: str) -> Callable:
     def run(benchmark: Any, pytestconfig: pytest.Config) -> None:
         option = pytestconfig.option
-        if option.dtype == TF32 and option.device == "cpu":
-            pytest.skip("TF32 is how GPUs multiply float32")
         benchmark.group = f"{case.title}, {case.shape}, {option.dtype}"
         with computing_in(option.dtype):
             benchmark(prepared(case, Maker(DTYPES[option.dtype], option.device), name))

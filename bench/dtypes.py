@@ -1,12 +1,21 @@
 """The dtypes that benches run in, by name; TF32 is torch.float32 multiplied as torch's own switch allows it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 
 TF32 = "tf32"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, TF32: torch.float32}
+
+
+def check_dtypes(dtypes: Collection[str], device: str) -> None:
+    """
+    Raises:
+        ValueError: the device does not compute in one of them.
+    """
+    if device == "cpu" and TF32 in dtypes:
+        raise ValueError("TF32 is how GPUs multiply float32; a CPU does not.")
 
 
 @contextmanager

@@ -43,13 +43,12 @@ class CudaGraphs:
             TypeError: the function returns something else than a tensor.
             RuntimeError: it cannot be captured. torch's allocator and generator are then no more to be counted on.
         """
+        if not self._captures(*tensors):
+            return self._run(tensors)
         form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        if not self._captures(*tensors) or form not in self._called:
-            result = self._function(*tensors)
-            if not isinstance(result, Tensor):
-                raise TypeError(f"CudaGraphs takes a function that returns a tensor; this gave {type(result)}.")
-            if self._captures(*tensors):
-                self._called.add(form)
+        if form not in self._called:
+            result = self._run(tensors)
+            self._called.add(form)
             return result
         if form not in self._graphs:
             try:
@@ -65,6 +64,12 @@ class CudaGraphs:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[form] = graph
         return self._graphs[form](tensors)
+
+    def _run(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        result = self._function(*tensors)
+        if not isinstance(result, Tensor):
+            raise TypeError(f"CudaGraphs takes a function that returns a tensor; this gave {type(result)}.")
+        return result
 
     @staticmethod
     def _captures(*tensors: Tensor) -> bool:

@@ -10,6 +10,7 @@ from vlcore.config import LlamaConfig
 from vlcore.cuda_graph import CudaGraphs
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.native import prefer_huge_pages
+from vlcore.ops.decode_block import apply_weight
 
 
 class KVCache:
@@ -88,6 +89,6 @@ def next_logits(model: DeepSeekVL, cache: KVCache) -> Callable[[Tensor], Tensor]
 
     def step(tokens: Tensor) -> Tensor:
         hidden = model.decode(tokens, operands, cache.keys, cache.values, cache.lengths)
-        return ops.quantized_linear(hidden, head) if isinstance(head, ops.QuantizedWeight) else ops.linear(hidden, head)
+        return apply_weight(hidden, head)
 
     return CudaGraphs(step)

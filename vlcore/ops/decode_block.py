@@ -1,5 +1,6 @@
 """One token a row through a whole LLaMA block: norm, attention over the caches, norm, SwiGLU, in one call."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,13 @@ from vlcore.ops.linear import MAX_ROWS, linear
 from vlcore.ops.quantized_linear import QuantizedWeight, group_refusals, quantized_linear
 from vlcore.ops.rms_norm import rms_norm
 from vlcore.ops.swiglu import swiglu
+
+
+def apply_weight(x: Tensor, weight: Tensor | QuantizedWeight, *, backend: str = AUTO) -> Tensor:
+    """The linear layer of a weight, plain or quantised: x (..., K) -> (..., N)."""
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, backend=backend)
+    return linear(x, weight, backend=backend)
 
 
 class BlockWeights(NamedTuple):
@@ -49,11 +57,7 @@ def decode_block_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition, of operators that have their own. Writes to the caches, as the operator does."""
 
-    def project(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
-        if isinstance(weight, QuantizedWeight):
-            return quantized_linear(x, weight, backend=backend)
-        return linear(x, weight, backend=backend)
-
+    project = partial(apply_weight, backend=backend)
     if residual is None:
         normed, total = rms_norm(x, weights.attention_norm, eps, backend=backend), x
     else:
