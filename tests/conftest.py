@@ -1,6 +1,7 @@
 """Triton runs in its interpreter where there is no GPU, so every kernel is tested on every machine."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -14,14 +15,25 @@ def pytest_configure():
     from vlcore.kernels import launch
 
     if launch.AVAILABLE and launch.INTERPRETED:
-        from interpreter import teach_bfloat16
+        from interpreter import patch_once, teach_bfloat16
 
         teach_bfloat16()
+        patch_once()
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cuda_on_cpu(request, monkeypatch):
+    """Without a GPU, tests of the "cuda" backend run its kernels on the CPU."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if parameters.get("backend") == "cuda" and DEVICE == "cpu" and sys.platform == "linux":
+        from cuda_on_cpu import run_on_cpu
+
+        run_on_cpu(monkeypatch)
 
 
 @pytest.fixture

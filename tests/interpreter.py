@@ -1,8 +1,9 @@
-"""Triton's interpreter, taught to compute in bfloat16. It holds such numbers as 16-bit integers: left to itself it
-truncates where a GPU rounds, and adds and multiplies the integers."""
+"""Triton's interpreter, taught to compute in bfloat16 and to leave no traces. It holds such numbers as 16-bit integers:
+left to itself it truncates where a GPU rounds, and adds and multiplies the integers."""
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from vlcore.kernels import launch
@@ -63,3 +64,24 @@ def teach_bfloat16() -> None:
     for method in (cast_impl, create_fp_to_fp, unary_op, binary_op, create_dot):
         setattr(builder, method.__name__, method)
     launch.BFLOAT16_INTERPRETED = True
+
+
+def patch_once() -> None:
+    """From now on the interpreter patches Triton's language once a launch, and undoes all of it.
+
+    By itself it does so again for every function that a kernel calls, which takes most of its time, and leaves those
+    patches behind, with which nothing can be compiled any more."""
+    patch, launch_scope, patched = interpreter._patch_lang, interpreter._LangPatchScope(), set()
+
+    def patch_lang(fn):
+        nonlocal launch_scope, patched
+        modules = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if not launch_scope._changes:
+            launch_scope, patched = patch(fn), modules
+        elif not modules <= patched:
+            # Undone before what was patched earlier, as the last of it.
+            launch_scope._changes += patch(fn)._changes
+            patched |= modules
+        return launch_scope
+
+    interpreter._patch_lang = patch_lang

@@ -78,7 +78,7 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_scale(backend, scale):
-    given = inputs(queries=70, keys=150)
+    given = inputs(batch=1, queries=70, keys=150, heads=2, key_heads=1)
     skip_if_refused(KERNELS, backend, *given, False, None, scale)
     assert_matches(through_op(backend, True, None, scale), reference(True, None, scale), *given)
 

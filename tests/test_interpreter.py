@@ -32,6 +32,11 @@ def _dot_kernel(a_ptr, b_ptr, y_ptr, SIZE: tl.constexpr):
     tl.store(y_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
 
 
+@triton.jit
+def _sum_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    tl.store(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK))))
+
+
 def round_to_bfloat16(x: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.bfloat16)
     _round_kernel[(1,)](x, y, BLOCK=x.numel())
@@ -71,3 +76,14 @@ def test_other_interpreters_are_refused_bfloat16(monkeypatch):
     monkeypatch.setattr(launch, "BFLOAT16_INTERPRETED", False)
     assert launch.dot_refusals(x) == ["Triton's interpreter multiplies matrices of bfloat16 wrongly"]
     assert launch.dot_refusals(x.float()) == []
+
+
+def test_leaves_the_language_as_it_was():
+    """A kernel that calls functions of Triton's own; kernels are compiled after it, in other tests."""
+
+    def members():
+        return [dict(vars(part)) for part in (tl, tl.core, tl.math, tl.tensor)]
+
+    before, total = members(), torch.empty(1)
+    _sum_kernel[(2,)](torch.ones(8), total, BLOCK=8)
+    assert members() == before and total == 8

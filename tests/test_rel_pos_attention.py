@@ -46,7 +46,7 @@ def reference(grid=(3, 5)):
         {},
         {"batch": 1, "heads": 1, "grid": (1, 1), "dim": 1},
         {"grid": (1, 7)},
-        {"grid": (14, 14), "dim": 64, "batch": 1},
+        {"grid": (14, 14), "dim": 64, "batch": 1, "heads": 1},
         {"batch": 0},
     ],
 )
@@ -80,7 +80,7 @@ def test_long_sums_stay_as_accurate(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [{"grid": (9, 1)}, {"grid": (3, 6), "dim": 80}, {"grid": (8, 66), "dim": 16}])
+@pytest.mark.parametrize("sizes", [{"grid": (9, 1)}, {"grid": (3, 6), "dim": 80}, {"grid": (3, 66), "dim": 16}])
 def test_triton_on_odd_grids(sizes, dtype):
     """Columns in several blocks, rows that fill none, heads that fill no block, softmaxes without correction."""
     given, grid = inputs(**sizes, batch=1, heads=1, dtype=dtype), sizes["grid"]

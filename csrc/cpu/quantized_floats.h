@@ -5,6 +5,9 @@ namespace vlcore::VLCORE_LEVEL {
 // Rows of the weight, and of x, that one pass over the inputs keeps sums for.
 constexpr int kWeightRows = 4;
 constexpr int kInputRows = 4;
+// Bytes of a row that are summed before their sum goes to the others': added to a sum that has grown much larger, a
+// product would lose what it is short of the sum's last place, and equal ones always the same.
+constexpr int64_t kStretch = 4096;
 
 // A weight of 8 bits: a byte a column.
 struct EightBits {
@@ -42,11 +45,12 @@ template <typename Bits, int kRows, int kWeights>
 static void dot_products(const Inputs& from, int64_t first_row, const uint8_t* values, int64_t bytes,
                          const float* scales, int64_t groups, float (*result)[kInputRows]) {
   const float* x = from.x + first_row * from.stride;
-  const int64_t group_bytes = (bytes + groups - 1) / groups;
+  const int64_t group_bytes = (bytes + groups - 1) / groups, stretch = std::min(group_bytes, kStretch);
   Vec totals[kWeights][kRows] = {};
-  for (int64_t group = 0; group < groups; ++group) {
+  for (int64_t first = 0; first < bytes; first += stretch) {
+    const int64_t group = first / group_bytes, last = std::min(first + stretch, bytes);
     Vec sums[kWeights][kRows] = {};
-    for (int64_t at = group * group_bytes; at < (group + 1) * group_bytes; at += kLanes) {
+    for (int64_t at = first; at < last; at += kLanes) {
 #pragma GCC unroll 4
       for (int output = 0; output < kWeights; ++output) {
         const uint8_t* row = values + output * bytes + at;

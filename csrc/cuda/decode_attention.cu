@@ -274,16 +274,7 @@ void launch(const Step& step, int64_t batch, void* stream) {
   const int64_t units = batch * (step.heads / kHeads);
   int splits = kMaxSplits;
   while (splits > 1 && units * splits > kEnoughBlocks) splits /= 2;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(units * splits));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, attend<T, kHeadDim, kHeads>, step));
+  queue(attend<T, kHeadDim, kHeads>, static_cast<int>(units * splits), splits, kThreads, stream, step);
 }
 
 // More heads at once would not fit the registers: other blocks read their keys again, from the second-level cache.

@@ -255,8 +255,7 @@ template <typename T, typename Products>
 void launch(const Layer& layer, void* stream) {
   const int parts = (layer.rows + Products::kRows - 1) / Products::kRows;
   const int blocks = (layer.outputs + kOutputs - 1) / kOutputs * parts;
-  multiply_rows<T, Products><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(layer);
-  check(cudaGetLastError());
+  queue(multiply_rows<T, Products>, blocks, 0, kThreads, stream, layer);
 }
 
 template <typename T, int kBits, int kSplit>
