@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Compiles in a quarter of the time.
-UNOPTIMISED = {"CFLAGS": "-O0"}
+UNOPTIMISED = {"CXXFLAGS": "-O0"}
 PROGRAM = """
 import torch, vlcore, vlcore.kernels
 from vlcore.bench import command
