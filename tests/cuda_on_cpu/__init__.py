@@ -18,7 +18,7 @@ from vlcore import native
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
-# What is included by those, in that order: this folder's cuda/instructions.h goes before that of csrc/.
+# Where headers are looked for, in that order: this folder's cuda/instructions.h goes before that of csrc/.
 FOLDERS = [HERE, CSRC, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
 COMPILE = [
     *(os.environ.get("CXX", "g++"), "-x", "c++", "-c", "-std=c++17", "-O1", "-fPIC", "-pthread"),
