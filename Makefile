@@ -1,7 +1,8 @@
-# make demo | test | check | bench | sanitize | gpu-code | soak: each sets up what it needs in .venv first. TORCH and
-# PYTHON may be overridden.
+# make demo | test | check | bench | sanitize | gpu-code | soak: each sets up what it needs in .venv first. TORCH,
+# PYTHON and JOBS may be overridden.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 # Waiting threads sleep instead of spinning: on a machine that does other things too, spinning ones take its cores.
 export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
@@ -31,8 +32,9 @@ data: setup
 demo: setup
 	$(BIN)/python -m vlcore.demo
 
+# On JOBS cores.
 test: setup data
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

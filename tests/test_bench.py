@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -69,8 +70,14 @@ def test_pytest_benchmark_takes_every_case_with_every_backend_and_peer():
     root = Path(__file__).parent.parent
     command_line = [sys.executable, "-m", "pytest", "-q", "--dtype", "float32", "--benchmark-max-time", "0.01"]
     one_row = f"swiglu and not {PROMPT} and not {BATCH}"
+    # It is no worker of these tests, where they have several: as one, pytest-benchmark would time nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [*command_line, "bench/bench_swiglu.py", "-k", one_row], cwd=root, capture_output=True, text=True
+        [*command_line, "bench/bench_swiglu.py", "-k", one_row],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert "benchmark 'swiglu, 1 × 5632, float32'" in done.stdout and "F.silu, *" in done.stdout, done.stdout
     assert done.returncode == 0 and f"{len(KERNELS) - ('triton' in KERNELS) + 2} passed" in done.stdout

@@ -1,6 +1,7 @@
 """The kernels of csrc/cuda/ on a CPU, as they are written: the host's C++ compiler takes them, with what stands in this
 folder in place of instructions.h. It finds wrong sums, places and barriers, and says nothing of speed."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -34,15 +35,18 @@ def compiled(sources: list[Path], name: str) -> Path:
     content = b"".join(file.read_bytes() for file in files) + " ".join(COMPILE).encode()
     folder = ROOT / "build" / "cuda_on_cpu" / hashlib.sha256(content).hexdigest()[:16]
     library = folder / name
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            commands = [[*COMPILE, source, "-o", out] for source, out in zip(sources, objects, strict=True)]
-            list(pool.map(subprocess.check_call, commands))
-        # Under its name only when it is whole.
-        subprocess.check_call([COMPILE[0], "-shared", "-pthread", *objects, "-o", folder / "linked"])
-        (folder / "linked").rename(library)
+    folder.mkdir(parents=True, exist_ok=True)
+    # One of several workers compiles, and the others wait.
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            objects = [folder / f"{source.stem}.o" for source in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                commands = [[*COMPILE, source, "-o", out] for source, out in zip(sources, objects, strict=True)]
+                list(pool.map(subprocess.check_call, commands))
+            # Under its name only when it is whole.
+            subprocess.check_call([COMPILE[0], "-shared", "-pthread", *objects, "-o", folder / "linked"])
+            (folder / "linked").rename(library)
     return library
 
 
