@@ -76,7 +76,7 @@ class BuildExt(build_ext):
 
 cpp = Pybind11Extension(
     "vlcore._C",
-    ["csrc/bindings.cpp", "csrc/huge_pages.cpp", "csrc/level.cpp", *sources("cpu/*.cpp")],
+    ["csrc/bindings.cpp", "csrc/huge_pages.cpp", "csrc/launch_again.cpp", "csrc/level.cpp", *sources("cpu/*.cpp")],
     include_dirs=["csrc"],
     depends=[*sources("*.h"), *sources("cpu/*.h")],
     cxx_std=17,

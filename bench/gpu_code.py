@@ -32,6 +32,8 @@ ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
 OLDEST_TRITON = ROOT / "build" / "triton-3.6.0"
 CACHE = ROOT / "build" / "triton-cache"
 PROCESSES = 2
+# Of kernels/: what looks up how to launch, and launches.
+HOST_ONLY = ("launch.py", "direct_launch.py")
 
 Record = dict[str, Any]
 
@@ -95,13 +97,12 @@ def read(path: Path) -> Found:
 
 
 def sources(operator: str) -> dict[str, str]:
-    """The files of an operator's GPU kernels, and a hash of each. kernels/launch.py is not among them: it looks up
-    settings, and has no device code."""
+    """The files of an operator's GPU kernels, and a hash of each, but for what has no device code."""
     files: set[Path] = set()
     left = {ROOT / "kernels" / f"{operator}.py", ROOT / "csrc" / "cuda" / f"{operator}.cu"}
     while left:
         file = left.pop()
-        if file.exists() and file not in files and file.name != "launch.py":
+        if file.exists() and file not in files and file.name not in HOST_ONLY:
             files |= {file, *ROOT.glob(f"kernels/{file.stem}.json")}
             left |= _imported(file) if file.suffix == ".py" else _included(file)
     return {str(path.relative_to(ROOT)): sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(files)}

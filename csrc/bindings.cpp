@@ -6,6 +6,7 @@
 
 #include "crossing.h"
 #include "kernels.h"
+#include "launch_again.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   using vlcore::bind;
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
   m.def("multiplies_tiles", vlcore::multiplies_tiles);
+  m.def("launch_again", vlcore::launch_again);
   bind(m, "prefer_huge_pages", vlcore::prefer_huge_pages);
   bind(m, "rms_norm_forward", vlcore::rms_norm_forward);
   bind(m, "rms_norm_backward", vlcore::rms_norm_backward);

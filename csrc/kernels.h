@@ -29,27 +29,25 @@ bool multiplies_tiles();
 // memory is read a quarter faster from them. Where there are none it does nothing.
 void prefer_huge_pages(void* memory, int64_t size);
 
-// x, y (rows, cols); weight (cols); rstd (rows), which a forward writes unless it is null.
-void rms_norm_forward(const void* x, const void* weight, void* y, float* rstd, int64_t rows, int64_t cols, float eps,
-                      Target target);
+// x, y (rows, cols); weight (cols).
+void rms_norm_forward(const void* x, const void* weight, void* y, int64_t rows, int64_t cols, float eps, Target target);
 
 // grad_weight (cols) is summed in an order that depends on the shape alone, not on the number of threads.
-void rms_norm_backward(const void* grad_y, const void* x, const void* weight, const float* rstd, void* grad_x,
-                       void* grad_weight, int64_t rows, int64_t cols, Target target);
+void rms_norm_backward(const void* grad_y, const void* x, const void* weight, void* grad_x, void* grad_weight,
+                       int64_t rows, int64_t cols, float eps, Target target);
 
 // total = x + residual, and y its norm; shapes as above.
-void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total, float* rstd,
-                          int64_t rows, int64_t cols, float eps, Target target);
+void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total, int64_t rows,
+                          int64_t cols, float eps, Target target);
 void add_rms_norm_backward(const void* grad_y, const void* grad_total, const void* total, const void* weight,
-                           const float* rstd, void* grad_sum, void* grad_weight, int64_t rows, int64_t cols,
-                           Target target);
+                           void* grad_sum, void* grad_weight, int64_t rows, int64_t cols, float eps, Target target);
 
-// x, y (rows, cols); weight, bias (cols); mean, rstd (rows), which a forward writes unless they are null;
-// grad_weight_and_bias (2, cols).
-void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* mean, float* rstd,
-                        int64_t rows, int64_t cols, float eps, Target target);
-void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* mean, const float* rstd,
-                         void* grad_x, void* grad_weight_and_bias, int64_t rows, int64_t cols, Target target);
+// x, y (rows, cols); weight, bias (cols); statistics (rows, 2), the mean and 1 / the standard deviation, which a
+// forward writes unless they are null; grad_weight_and_bias (2, cols).
+void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* statistics, int64_t rows,
+                        int64_t cols, float eps, Target target);
+void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* statistics, void* grad_x,
+                         void* grad_weight_and_bias, int64_t rows, int64_t cols, Target target);
 
 // y = silu(gate) * up, all (size).
 void swiglu_forward(const void* gate, const void* up, void* y, int64_t size, Target target);

@@ -34,11 +34,11 @@ def forward(
     out, lse = q.new_empty(*q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if not out.numel():
         return out, lse
-    q, k, v = (_readable(x) for x in (q, k, v))
+    (q, q_strides), (k, k_strides), (v, v_strides) = _readable(q), _readable(k), _readable(v)
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
     how = launch.settings("sequence_attention", "forward", q.device, **sizes)
     grid = batch * heads, launch.ceil_div(tokens, how["BLOCK_M"])
-    numbers = (*_sizes(q, k, v, cu_seqlens, heads), factor)
+    numbers = (*q_strides, *k_strides, *v_strides, *_sizes(q, k, cu_seqlens), heads, heads // k.shape[2], factor)
     direct_launch.run(forward_kernel, grid, (q, k, v, turns, cu_seqlens, out, lse), numbers, constants | how)
     return out, lse
 
@@ -59,33 +59,38 @@ def backward(
     """-> grad_q, grad_k, grad_v; `q_turned` is q rotated, where there are turns."""
     grad_q, grad_k, grad_v = (x.new_empty(*x.shape) for x in (q, k, v))
     delta, grad_out = torch.empty_like(lse), grad_out.contiguous()
-    q, k, v = (_readable(x) for x in (q, k, v))
+    (q, q_strides), (k, k_strides), (v, v_strides) = _readable(q), _readable(k), _readable(v)
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
+    tokens, (heads, kv_heads) = _sizes(q, k, cu_seqlens), (q.shape[2], k.shape[2])
     if grad_q.numel():
         how = launch.settings("sequence_attention", "queries", q.device, **sizes)
-        grid = q.shape[0] * q.shape[2], launch.ceil_div(q.shape[1], how["BLOCK_M"])
+        grid = q.shape[0] * heads, launch.ceil_div(q.shape[1], how["BLOCK_M"])
         tensors = q, k, v, turns, cu_seqlens, out, grad_out, lse, delta, grad_q
-        numbers = (*_sizes(q, k, v, cu_seqlens, q.shape[2]), factor, scale)
+        numbers = (*q_strides, *k_strides, *v_strides, *tokens, heads, heads // kv_heads, factor, scale)
         direct_launch.run(queries_kernel, grid, tensors, numbers, constants | how)
     if grad_k.numel():
-        q = q if q_turned is None else q_turned
+        if q_turned is not None:
+            q, q_strides = _readable(q_turned)
         how = launch.settings("sequence_attention", "keys", q.device, **sizes)
-        grid = k.shape[0] * k.shape[2], launch.ceil_div(k.shape[1], how["BLOCK_N"])
+        grid = k.shape[0] * kv_heads, launch.ceil_div(k.shape[1], how["BLOCK_N"])
         tensors = q, k, v, turns, cu_seqlens, grad_out, lse, delta, grad_k, grad_v
-        numbers = (*_sizes(q, k, v, cu_seqlens, k.shape[2]), factor, scale)
-        direct_launch.run(keys_kernel, grid, tensors, numbers, constants | how | {"GROUPED": q.shape[2] != k.shape[2]})
+        numbers = (*q_strides, *k_strides, *v_strides, *tokens, kv_heads, heads // kv_heads, factor, scale)
+        direct_launch.run(keys_kernel, grid, tensors, numbers, constants | how | {"GROUPED": heads != kv_heads})
     return grad_q, grad_k, grad_v
 
 
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 and x.stride(1) < MAX_TOKEN_STRIDE else x.contiguous()
+def _readable(x: Tensor) -> tuple[Tensor, list[int]]:
+    """x (B, T, H, D) as the kernels read it, and its strides but for the last, which is 1."""
+    *strides, last = x.stride()
+    if last != 1 or strides[1] >= MAX_TOKEN_STRIDE:
+        x = x.contiguous()
+        *strides, _ = x.stride()
+    return x, strides
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, heads: int) -> tuple[int, ...]:
-    num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    (_, q_tokens, q_heads, _), (_, k_tokens, k_heads, _) = q.shape, k.shape
-    return *strides, q_tokens, k_tokens, num_sequences, heads, q_heads // k_heads
+def _sizes(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Queries, keys and sequences."""
+    return q.shape[1], k.shape[1], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _compiled_for(

@@ -2,16 +2,18 @@
 
 kernel[grid](...) binds the arguments, looks for what they specialise the kernel to, and asks every knob and hook: some
 8 us, as long as a small kernel runs. Here the compiled kernel is kept under all that its choice depends on, and called
-as Triton calls it.
+as Triton calls it: csrc/launch_again.cpp finds it and calls it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from vlcore.native import cpp
 
 # What is forgotten is only looked up by Triton again.
 MAX_KEPT = 4096
@@ -20,7 +22,7 @@ TRITONS_RUN = JITFunction.run if JITFunction.run.__module__ == JITFunction.__mod
 
 
 class _Kept(NamedTuple):
-    """A compiled kernel and how it is called."""
+    """A compiled kernel and how it is called, in the order that csrc/launch_again.cpp knows."""
 
     launcher: Any
     function: int
@@ -32,12 +34,20 @@ class _Kept(NamedTuple):
 _kept: dict[tuple, _Kept] = {}
 
 
+def _nothing_is_kept(*launch: Any) -> tuple[()]:
+    return ()
+
+
+# Without the C++ extension, Triton launches all.
+_launch_again = cpp.launch_again if cpp else _nothing_is_kept
+
+
 def run(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: Sequence[Tensor | None],
+    tensors: tuple[Tensor | None, ...],
     numbers: tuple,
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     """kernel[grid](*tensors, *numbers, **settings) for a @triton.jit kernel, on the current device and stream.
 
@@ -54,32 +64,15 @@ def run(
     if type(kernel).run is not TRITONS_RUN or _is_observed(kernel):
         kernel[grid](*tensors, *numbers, enable_fp_fusion=True, **settings)
         return
-    dtypes: list[Any] = []
-    addresses: list[Any] = []
-    together = 0
-    for tensor in tensors:
-        if tensor is None:
-            dtypes.append(None)
-            addresses.append(None)
-        else:
-            address = tensor.data_ptr()
-            together |= address
-            dtypes.append(tensor.dtype)
-            addresses.append(address)
     active = driver.active
     device = active.get_current_device()
-    # Numbers as they are, though Triton asks only for some of their properties; their types tell 1 from 1.0 and True.
-    key = id(kernel), device, *dtypes, numbers, *map(type, numbers), *settings.items()
-    kept = None if together % 16 else _kept.get(key)
-    if kept is None:
-        compiled = kernel[grid](*tensors, *numbers, enable_fp_fusion=True, **settings)
-        if together % 16 == 0:
-            _keep(key, kernel, compiled, len(tensors) + len(numbers), settings)
-        return
-    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    launcher, function, packed_metadata, constants, _ = kept
     stream = active.get_current_stream(device)
-    launcher(x, y, z, stream, function, packed_metadata, None, None, None, *addresses, *numbers, *constants)
+    key = _launch_again(_kept, kernel, device, stream, grid, tensors, numbers, settings)
+    if key is None:
+        return
+    compiled = kernel[grid](*tensors, *numbers, enable_fp_fusion=True, **settings)
+    if key:
+        _keep(key, kernel, compiled, len(tensors) + len(numbers), settings)
 
 
 def _is_observed(kernel: Any) -> bool:

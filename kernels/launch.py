@@ -78,12 +78,6 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length() if number > 0 else 0
 
 
-def row_statistics(x: Tensor) -> Tensor:
-    """An empty float32 number for each row of x (..., N): of its shape less the last dimension."""
-    # Sizes one by one are taken in half the time that a torch.Size is.
-    return x.new_empty(*x.shape[:-1], dtype=torch.float32) if x.ndim > 1 else x.new_empty((), dtype=torch.float32)
-
-
 @cache
 def architecture(index: int | None) -> str:
     """The table that a GPU is launched by. The data centre's Hopper and Blackwell have their own; that of sm_80 fits
@@ -103,7 +97,7 @@ def settings(operator: str, kernel: str, device: torch.device, **sizes: int) -> 
     Returns:
         Constants of the kernel, num_warps and num_stages by name. Not to be changed.
     """
-    return look_up(operator, kernel, architecture(device.index), tuple(sizes.items()))
+    return look_up(operator, kernel, architecture(device.index), (*sizes.items(),))
 
 
 @cache

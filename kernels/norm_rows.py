@@ -49,12 +49,12 @@ def _load_scale(weight_ptr, bias_ptr, cols, num_cols):
 
 
 @triton.jit
-def _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps):
+def _store_statistics(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps):
+    """Of each row the mean, and what its deviations are multiplied by, which is returned."""
     rstd = tl.rsqrt(squares / num_cols + eps)
-    if rstd_ptr is not None:
-        tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + 2 * rows, mean, mask=rows < num_rows)
+        tl.store(statistics_ptr + 2 * rows + 1, rstd, mask=rows < num_rows)
     return rstd
 
 
@@ -66,8 +66,7 @@ def forward_kernel(
     bias_ptr,
     y_ptr,
     total_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     num_rows,
     num_cols,
     eps,
@@ -83,7 +82,7 @@ def forward_kernel(
     weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
     x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
     mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, bias_ptr is not None)
-    rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
+    rstd = _store_statistics(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps)
     tl.store(y_ptr + first + cols[None, :], (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
 
 
@@ -95,8 +94,7 @@ def wide_forward_kernel(
     bias_ptr,
     y_ptr,
     total_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     num_rows,
     num_cols,
     eps,
@@ -112,7 +110,7 @@ def wide_forward_kernel(
         mask = inside & (cols < num_cols)[None, :]
         x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
         mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, bias_ptr is not None)
-    rstd = _store_statistics(mean, squares, mean_ptr, rstd_ptr, rows, num_rows, num_cols, eps)
+    rstd = _store_statistics(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps)
 
     if residual_ptr is not None:
         # Of the total, other threads may read what one has written.
@@ -131,22 +129,21 @@ def forward(
     x: Tensor,
     weight: Tensor,
     eps: float,
-    keep: bool,
     residual: Tensor | None = None,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x, residual (..., N) contiguous -> y and, with a residual, the total (..., N) of x's dtype; if they are to be
-    kept the mean, with a bias, and rstd (...) float32."""
+    kept, the rows' statistics (..., 2) float32: mean, and 1 / standard deviation."""
     num_cols = x.shape[-1]
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    rstd = launch.row_statistics(x) if keep else None
-    mean = None if rstd is None or bias is None else torch.empty_like(rstd)
+    statistics = x.new_empty(*x.shape[:-1], 2, dtype=torch.float32) if keep else None
     num_rows = x.numel() // num_cols
     settings = launch.settings(operator, "forward", x.device, cols=num_cols, bits=8 * x.element_size())
     if num_rows:
         kernel = forward_kernel if settings["BLOCK_COLS"] >= num_cols else wide_forward_kernel
-        tensors = x, residual, weight, bias, y, total, mean, rstd
+        tensors = x, residual, weight, bias, y, total, statistics
         grid = (launch.ceil_div(num_rows, settings["BLOCK_ROWS"]),)
         direct_launch.run(kernel, grid, tensors, (num_rows, num_cols, eps), settings)
-    return y, total, mean, rstd
+    return y, total, statistics

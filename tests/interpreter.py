@@ -35,7 +35,7 @@ def _rounded(handle: TensorHandle) -> TensorHandle:
 
 
 def teach_bfloat16() -> None:
-    """From now on the interpreter casts, adds, compares and multiplies bfloat16 as a GPU does; launchers are told."""
+    """From now on the interpreter casts, adds, compares and multiplies bfloat16 as a GPU does, and knows its constants; launchers are told."""
     builder = InterpreterBuilder
     cast, convert = builder.cast_impl, builder.create_fp_to_fp
     one, two, dot = builder.unary_op, builder.binary_op, builder.create_dot
@@ -61,7 +61,11 @@ def teach_bfloat16() -> None:
     def create_dot(self, a, b, d, *how):
         return dot(self, _widened(a), _widened(b), d, *how)
 
-    for method in (cast_impl, create_fp_to_fp, unary_op, binary_op, create_dot):
+    def get_bf16(self, value):
+        # Of Triton's since 3.7 or later.
+        return cast_impl(self, self.get_fp32(value), tl.bfloat16)
+
+    for method in (cast_impl, create_fp_to_fp, unary_op, binary_op, create_dot, get_bf16):
         setattr(builder, method.__name__, method)
     launch.BFLOAT16_INTERPRETED = True
 

@@ -77,10 +77,8 @@ def test_reference_gradient():
 def test_is_a_well_formed_torch_operator(backend):
     given = inputs(4, 16)
     skip_if_refused(KERNELS, backend, *given)
-    _, total, rstd = assert_well_formed("add_rms_norm_forward", *given, 1e-6, True, backend)
-    grads = random(4, 16), random(4, 16)
-    assert_well_formed("add_rms_norm_backward", *grads, total, given[2], rstd, 1e-6, backend)
-    assert not assert_well_formed("add_rms_norm_forward", *given, 1e-6, False, backend)[2].numel()
+    _, total = assert_well_formed("add_rms_norm_forward", *given, 1e-6, backend)
+    assert_well_formed("add_rms_norm_backward", random(4, 16), random(4, 16), total, given[2], 1e-6, backend)
 
 
 def test_compiles_without_graph_breaks():

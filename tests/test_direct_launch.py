@@ -69,7 +69,7 @@ def given(**changes):
     parts = {"x": torch.zeros(64), "y": torch.zeros(64), "out": torch.zeros(64)}
     parts |= {"size": 64, "shift": 3, "scale": 0.5, "WIDTH": 48} | SETTINGS | changes
     names = list(parts)
-    tensors, numbers = [parts[name] for name in names[:3]], tuple(parts[name] for name in names[3:7])
+    tensors, numbers = tuple(parts[name] for name in names[:3]), tuple(parts[name] for name in names[3:7])
     return tensors, numbers, {name: parts[name] for name in names[7:]}
 
 
@@ -176,6 +176,26 @@ def test_another_kernel_of_the_same_arguments_is_another(driver, kernel):
     for _ in range(2):
         functions = [function(directly(driver, one)) for one in (kernel, other)]
     assert functions[0] != functions[1]
+
+
+def test_what_the_launcher_raises_is_raised(driver, kernel):
+    for _ in range(2):
+        directly(driver, kernel)
+
+    class Refusing(list):
+        def append(self, arguments):
+            raise RuntimeError("out of resources")
+
+    driver.launches = Refusing()
+    with pytest.raises(RuntimeError, match="out of resources"):
+        directly(driver, kernel)
+
+
+def test_without_the_extension_triton_launches_all(driver, kernel, monkeypatch):
+    monkeypatch.setattr(direct_launch, "_launch_again", direct_launch._nothing_is_kept)
+    for _ in range(3):
+        assert not is_direct(directly(driver, kernel))
+    assert not direct_launch._kept
 
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])

@@ -177,18 +177,18 @@ def test_nothing_changes_where_nothing_is_differentiated(name):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_forward_keeps_only_what_a_backward_will_ask_for(requires_grad, monkeypatch):
-    x, weight = torch.randn(3, 8), torch.randn(8, requires_grad=requires_grad)
+    given = torch.randn(3, 8), torch.randn(8, requires_grad=requires_grad), torch.randn(8)
     kept = []
 
-    def forward(x, weight, eps, keep):
+    def forward(x, weight, bias, eps, keep):
         kept.append(keep)
-        return x.clone(), torch.zeros(3) if keep else None
+        return x.clone(), torch.zeros(3, 2) if keep else None
 
-    module = sys.modules["vlcore.ops.rms_norm"]
+    module = sys.modules["vlcore.ops.layer_norm"]
     monkeypatch.setitem(module.KERNELS, "near", Kernel(forward, None, lambda *arguments: []))
-    ops.rms_norm(x, weight, backend="near")
+    ops.layer_norm(*given, backend="near")
     with torch.no_grad():
-        ops.rms_norm(x, weight, backend="near")
+        ops.layer_norm(*given, backend="near")
     with Seen():
-        ops.rms_norm(x, weight, backend="near")
+        ops.layer_norm(*given, backend="near")
     assert kept == [requires_grad, False, requires_grad]

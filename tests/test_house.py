@@ -23,8 +23,8 @@ MODEL = OPS | FORMATS | {"models", "checkpoint"}
 INPUTS = FORMATS | {"processing", "data"}
 ENGINE = MODEL | INPUTS | {"costs", "cuda_graph", "decoding", "generate", "evaluate", "train", "overrides"}
 MAY_IMPORT = {
-    "kernels": set(),
     "native": set(),
+    "kernels": {"native"},
     "config": set(),
     "layouts": {"config"},
     "overrides": set(),

@@ -123,14 +123,14 @@ def has_code(architectures: str, capability: tuple[int, int]) -> bool:
     return any(name == exact or name in older for name in architectures.split(";"))
 
 
-# Looking for what is imported long since takes as long as a check of all arguments.
-_kernels = cache(import_module)
-
-
 def triton(operator: str, launcher: str) -> Callable:
     """The launcher in kernels/<operator>.py, imported when first called: Triton is optional, and slow to import."""
 
+    @cache
+    def found() -> Callable:
+        return getattr(import_module(f"vlcore.kernels.{operator}"), launcher)
+
     def launch(*args):
-        return getattr(_kernels(f"vlcore.kernels.{operator}"), launcher)(*args)
+        return found()(*args)
 
     return launch

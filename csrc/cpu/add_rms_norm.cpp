@@ -4,15 +4,14 @@
 
 namespace vlcore {
 
-void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total, float* rstd,
-                          int64_t rows, int64_t cols, float eps, Target target) {
-  VLCORE_RUN(target, add_rms_norm_forward, x, residual, weight, y, total, rstd, rows, cols, eps);
+void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total, int64_t rows,
+                          int64_t cols, float eps, Target target) {
+  VLCORE_RUN(target, add_rms_norm_forward, x, residual, weight, y, total, rows, cols, eps);
 }
 
 void add_rms_norm_backward(const void* grad_y, const void* grad_total, const void* total, const void* weight,
-                           const float* rstd, void* grad_sum, void* grad_weight, int64_t rows, int64_t cols,
-                           Target target) {
-  VLCORE_RUN(target, add_rms_norm_backward, grad_y, grad_total, total, weight, rstd, grad_sum, grad_weight, rows, cols);
+                           void* grad_sum, void* grad_weight, int64_t rows, int64_t cols, float eps, Target target) {
+  VLCORE_RUN(target, add_rms_norm_backward, grad_y, grad_total, total, weight, grad_sum, grad_weight, rows, cols, eps);
 }
 
 }  // namespace vlcore
@@ -24,25 +23,24 @@ namespace vlcore::VLCORE_LEVEL {
 
 template <typename T>
 static void add_rms_norm_forward(const void* x, const void* residual, const void* weight, void* y, void* total,
-                                 float* rstd, int64_t rows, int64_t cols, float eps) {
+                                 int64_t rows, int64_t cols, float eps) {
 #pragma omp parallel for if (rows * cols >= kParallelElements)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = row * cols;
     T* sum = static_cast<T*>(total) + at;
     add_row(static_cast<const T*>(x) + at, static_cast<const T*>(residual) + at, sum, cols);
-    const float found = rms_norm_row<T>(sum, static_cast<const T*>(weight), static_cast<T*>(y) + at, cols, eps);
-    if (rstd != nullptr) rstd[row] = found;
+    rms_norm_row<T>(sum, static_cast<const T*>(weight), static_cast<T*>(y) + at, cols, eps);
   }
 }
 
 template <typename T>
 static void add_rms_norm_backward(const void* grad_y, const void* grad_total, const void* total, const void* weight,
-                                  const float* rstd, void* grad_sum, void* grad_weight, int64_t rows, int64_t cols) {
+                                  void* grad_sum, void* grad_weight, int64_t rows, int64_t cols, float eps) {
   sum_over_rows(rows, cols, rows * cols, static_cast<T*>(grad_weight), [&](int64_t row, float* sums) {
     const int64_t at = row * cols;
     rms_norm_backward_row(static_cast<const T*>(grad_y) + at, static_cast<const T*>(grad_total) + at,
-                          static_cast<const T*>(total) + at, static_cast<const T*>(weight), rstd[row],
-                          static_cast<T*>(grad_sum) + at, sums, cols);
+                          static_cast<const T*>(total) + at, static_cast<const T*>(weight),
+                          static_cast<T*>(grad_sum) + at, sums, cols, eps);
   });
 }
 

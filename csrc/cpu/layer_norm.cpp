@@ -4,14 +4,14 @@
 
 namespace vlcore {
 
-void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* mean, float* rstd,
-                        int64_t rows, int64_t cols, float eps, Target target) {
-  VLCORE_RUN(target, layer_norm_forward, x, weight, bias, y, mean, rstd, rows, cols, eps);
+void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* statistics, int64_t rows,
+                        int64_t cols, float eps, Target target) {
+  VLCORE_RUN(target, layer_norm_forward, x, weight, bias, y, statistics, rows, cols, eps);
 }
 
-void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* mean, const float* rstd,
-                         void* grad_x, void* grad_weight_and_bias, int64_t rows, int64_t cols, Target target) {
-  VLCORE_RUN(target, layer_norm_backward, grad_y, x, weight, mean, rstd, grad_x, grad_weight_and_bias, rows, cols);
+void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* statistics, void* grad_x,
+                         void* grad_weight_and_bias, int64_t rows, int64_t cols, Target target) {
+  VLCORE_RUN(target, layer_norm_backward, grad_y, x, weight, statistics, grad_x, grad_weight_and_bias, rows, cols);
 }
 
 }  // namespace vlcore
@@ -65,28 +65,28 @@ static void layer_norm_backward_row(const T* grad_y, const T* x, const T* weight
 }
 
 template <typename T>
-static void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* mean, float* rstd,
+static void layer_norm_forward(const void* x, const void* weight, const void* bias, void* y, float* statistics,
                                int64_t rows, int64_t cols, float eps) {
 #pragma omp parallel for if (rows * cols >= kParallelElements)
   for (int64_t row = 0; row < rows; ++row) {
-    float found_mean, found_rstd;
+    float mean, rstd;
     layer_norm_row(static_cast<const T*>(x) + row * cols, static_cast<const T*>(weight), static_cast<const T*>(bias),
-                   static_cast<T*>(y) + row * cols, found_mean, found_rstd, cols, eps);
-    if (mean != nullptr) mean[row] = found_mean;
-    if (rstd != nullptr) rstd[row] = found_rstd;
+                   static_cast<T*>(y) + row * cols, mean, rstd, cols, eps);
+    if (statistics == nullptr) continue;
+    statistics[2 * row] = mean;
+    statistics[2 * row + 1] = rstd;
   }
 }
 
 template <typename T>
-static void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* mean,
-                                const float* rstd, void* grad_x, void* grad_weight_and_bias, int64_t rows,
-                                int64_t cols) {
+static void layer_norm_backward(const void* grad_y, const void* x, const void* weight, const float* statistics,
+                                void* grad_x, void* grad_weight_and_bias, int64_t rows, int64_t cols) {
   auto* grads = static_cast<T*>(grad_weight_and_bias);
   sum_over_rows(rows, 2 * cols, rows * cols, grads, [&](int64_t row, float* sums) {
     const int64_t at = row * cols;
     layer_norm_backward_row(static_cast<const T*>(grad_y) + at, static_cast<const T*>(x) + at,
-                            static_cast<const T*>(weight), mean[row], rstd[row], static_cast<T*>(grad_x) + at, sums,
-                            sums + cols, cols);
+                            static_cast<const T*>(weight), statistics[2 * row], statistics[2 * row + 1],
+                            static_cast<T*>(grad_x) + at, sums, sums + cols, cols);
   });
 }
 

@@ -4,17 +4,21 @@ namespace vlcore::VLCORE_LEVEL {
 // Below this, waking a thread costs more than it brings.
 constexpr int64_t kParallelElements = 1 << 15;
 
+// 1 / sqrt(mean(x^2) + eps), of the squares' sums.
+static float reciprocal_norm(Vec squares, int64_t cols, float eps) {
+  return 1.f / std::sqrt(reduce_add(squares) / static_cast<float>(cols) + eps);
+}
+
 template <typename T>
-static float rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float eps) {
+static void rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float eps) {
   const Vec squares = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec value = load(x + col, lanes);
     return value * value;
   });
-  const float rstd = 1.f / std::sqrt(reduce_add(squares) / static_cast<float>(cols) + eps);
+  const float rstd = reciprocal_norm(squares, cols, eps);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     store(y + col, load(x + col, lanes) * rstd * load(weight + col, lanes), lanes);
   });
-  return rstd;
 }
 
 // What is normalised is the sum as rounded: what the next layer adds to is what this one saw.
@@ -25,14 +29,17 @@ static void add_row(const T* x, const T* residual, T* total, int64_t cols) {
 }
 
 // With x_hat = x * rstd and g = grad_y * weight: grad_x = (g - x_hat * mean(g * x_hat)) * rstd, and what `extra` holds
-// is added to it where it is not null. Adds grad_y * x_hat to grad_weight.
+// is added to it where it is not null. Adds grad_y * x_hat to grad_weight. x is read for the products anyway, so that
+// its norm costs less to compute again than to keep.
 template <typename T>
-static void rms_norm_backward_row(const T* grad_y, const T* extra, const T* x, const T* weight, float rstd, T* grad_x,
-                                  float* grad_weight, int64_t cols) {
-  const Vec products = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
-    return load(grad_y + col, lanes) * load(weight + col, lanes) * load(x + col, lanes);
+static void rms_norm_backward_row(const T* grad_y, const T* extra, const T* x, const T* weight, T* grad_x,
+                                  float* grad_weight, int64_t cols, float eps) {
+  const TwoVecs sums = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    const Vec value = load(x + col, lanes);
+    return TwoVecs{value * value, load(grad_y + col, lanes) * load(weight + col, lanes) * value};
   });
-  const float mean = reduce_add(products) * rstd / static_cast<float>(cols);
+  const float rstd = reciprocal_norm(sums.first, cols, eps);
+  const float mean = reduce_add(sums.second) * rstd / static_cast<float>(cols);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec x_hat = load(x + col, lanes) * rstd, grad = load(grad_y + col, lanes);
     const Vec rest = extra ? load(extra + col, lanes) : Vec{};

@@ -117,17 +117,27 @@ VLCORE_INLINE void for_vecs(int64_t size, const Step& step) {
   if (whole < size) step(whole, size - whole);
 }
 
+// Two sums at once.
+struct TwoVecs {
+  Vec first, second;
+};
+
+VLCORE_INLINE TwoVecs operator+(TwoVecs a, TwoVecs b) { return {a.first + b.first, a.second + b.second}; }
+
 // The sum of term(at, lanes) over `size` elements, in several chains: one would wait for each addition to end.
 template <typename Term>
-VLCORE_INLINE Vec sum_vecs(int64_t size, const Term& term) {
+VLCORE_INLINE auto sum_vecs(int64_t size, const Term& term) {
   constexpr int kChains = 4;
-  Vec sums[kChains] = {};
+  decltype(term(0, AllLanes{})) sums[kChains] = {};
   const int64_t unrolled = size / (kChains * kLanes) * (kChains * kLanes);
   for (int64_t at = 0; at < unrolled; at += kChains * kLanes) {
 #pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) sums[chain] += term(at + chain * kLanes, AllLanes{});
+    for (int chain = 0; chain < kChains; ++chain) {
+      sums[chain] = sums[chain] + term(at + chain * kLanes, AllLanes{});
+    }
   }
-  for_vecs(size - unrolled, [&](int64_t at, auto lanes) VLCORE_INLINED { sums[0] += term(unrolled + at, lanes); });
+  for_vecs(size - unrolled,
+           [&](int64_t at, auto lanes) VLCORE_INLINED { sums[0] = sums[0] + term(unrolled + at, lanes); });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 

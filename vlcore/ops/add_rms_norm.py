@@ -6,7 +6,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 from vlcore.ops.rms_norm import rms_norm, rms_norm_reference
 
 
@@ -51,8 +51,8 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps, backend):
         x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-        y, total, rstd = add_rms_norm_forward(x, residual, weight, eps, any(ctx.needs_input_grad), backend)
-        ctx.save_for_backward(total, weight, rstd)
+        y, total = add_rms_norm_forward(x, residual, weight, eps, backend)
+        ctx.save_for_backward(total, weight)
         ctx.eps, ctx.backend = eps, backend
         return y, total
 
@@ -73,19 +73,16 @@ def _cpp_refusals(x: Tensor, residual: Tensor, weight: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
 
-def _cpp_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _cpp_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, total = native.fresh(torch.empty_like(x)), native.fresh(torch.empty_like(x))
-    rstd = launch.row_statistics(x) if keep else None
-    native.run_cpp("add_rms_norm_forward", x.dtype, x, residual, weight, y, total, rstd, *native.rows(x), eps)
-    return y, total, rstd
+    native.run_cpp("add_rms_norm_forward", x.dtype, x, residual, weight, y, total, *native.rows(x), eps)
+    return y, total
 
 
-def _cpp_backward(grad_y, grad_total, total, weight, rstd, eps):
+def _cpp_backward(grad_y, grad_total, total, weight, eps):
     grad_sum, grad_weight = native.fresh(torch.empty_like(total)), torch.empty_like(weight)
-    given = (grad_y, grad_total, total, weight, rstd, grad_sum, grad_weight)
-    native.run_cpp("add_rms_norm_backward", total.dtype, *given, rstd.numel(), total.shape[-1])
+    given = (grad_y, grad_total, total, weight, grad_sum, grad_weight)
+    native.run_cpp("add_rms_norm_backward", total.dtype, *given, *native.rows(total), eps)
     return grad_sum, grad_weight
 
 
@@ -101,34 +98,22 @@ KERNELS = {
 }
 
 
-def _torch_forward(x, residual, weight, eps, keep):
-    y, total = add_rms_norm_reference(x, residual, weight, eps)
-    return y, total, statistics(x, x.shape[:-1], TORCH)
-
-
-def _torch_backward(grad_y, grad_total, total, weight, rstd, eps):
+def _torch_backward(grad_y, grad_total, total, weight, eps):
     grad_sum, grad_weight = gradients(lambda x, w: rms_norm_reference(x, w, eps), (total, weight), grad_y)
     return grad_sum + grad_total, grad_weight
 
 
 add_rms_norm_forward = define(
-    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, bool keep, str backend)"
-    " -> (Tensor y, Tensor total, Tensor rstd)",
+    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, str backend)"
+    " -> (Tensor y, Tensor total)",
     KERNELS,
-    _torch_forward,
-    fake=lambda x, residual, weight, eps, keep, backend: (
-        torch.empty_like(x),
-        torch.empty_like(x),
-        statistics(x, x.shape[:-1], backend, keep),
-    ),
+    add_rms_norm_reference,
+    fake=lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)),
 )
 add_rms_norm_backward = define(
-    "add_rms_norm_backward(Tensor grad_y, Tensor grad_total, Tensor total, Tensor weight, Tensor rstd, float eps,"
-    " str backend) -> (Tensor grad_sum, Tensor grad_weight)",
+    "add_rms_norm_backward(Tensor grad_y, Tensor grad_total, Tensor total, Tensor weight, float eps, str backend)"
+    " -> (Tensor grad_sum, Tensor grad_weight)",
     KERNELS,
     _torch_backward,
-    fake=lambda grad_y, grad_total, total, weight, rstd, eps, backend: (
-        torch.empty_like(total),
-        torch.empty_like(weight),
-    ),
+    fake=lambda grad_y, grad_total, total, weight, *rest: (torch.empty_like(total), torch.empty_like(weight)),
 )

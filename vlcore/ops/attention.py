@@ -121,14 +121,16 @@ def attention(
 
 def check(operator: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     """What holds for every operator that attends; the values of cu_seqlens are looked at by what runs it."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.rank(operator, name, tensor, "B T H D")
+    if not q.ndim == k.ndim == v.ndim == 4:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            checks.rank(operator, name, tensor, "B T H D")
     checks.alike(operator, q=q, k=k, v=v)
-    checks.shape(operator, "k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), "q", q)
+    (batch, queries, _, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
+    checks.shape(operator, "k", k, (batch, keys, kv_heads, head_dim), "q", q)
     checks.shape(operator, "v", v, k.shape, "k", k)
     checks.heads(operator, q, k)
-    if k.shape[1] < q.shape[1]:
-        raise ValueError(f"{operator}: {q.shape[1]} queries stand at the end of {k.shape[1]} keys: too few keys.")
+    if keys < queries:
+        raise ValueError(f"{operator}: {queries} queries stand at the end of {keys} keys: too few keys.")
     if cu_seqlens is None:
         return
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:

@@ -85,16 +85,17 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
     name = schema.split("(")[0]
     direction = name.rpartition("_")[2]
 
-    def run(first, *others):
-        backend = others[-1]
+    def run(*arguments):
+        *given, backend = arguments
         if backend == TORCH:
-            return run_torch(first, *others[:-1])
+            return run_torch(*given)
         compute = getattr(kernels[backend], direction)
         # Kernels are launched on the current device, which need not be the one that holds the tensors.
+        first = given[0]
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device_of(first):
-                return compute(first, *others[:-1])
-        return compute(first, *others[:-1])
+                return compute(*given)
+        return compute(*given)
 
     def run_for_torch(first, *others):
         outputs = run(first, *others)

@@ -45,8 +45,8 @@ class LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, backend):
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, any(ctx.needs_input_grad), backend)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        y, kept = layer_norm_forward(x, weight, bias, eps, any(ctx.needs_input_grad), backend)
+        ctx.save_for_backward(x, weight, kept)
         ctx.eps, ctx.backend = eps, backend
         return y
 
@@ -65,19 +65,16 @@ def _cpp_refusals(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
 
-def _cpp_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    y, mean = native.fresh(torch.empty_like(x)), launch.row_statistics(x) if keep else None
-    rstd = None if mean is None else torch.empty_like(mean)
-    native.run_cpp("layer_norm_forward", x.dtype, x, weight, bias, y, mean, rstd, *native.rows(x), eps)
-    return y, mean, rstd
+def _cpp_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
+    y = native.fresh(torch.empty_like(x))
+    kept = x.new_empty(*x.shape[:-1], 2, dtype=torch.float32) if keep else None
+    native.run_cpp("layer_norm_forward", x.dtype, x, weight, bias, y, kept, *native.rows(x), eps)
+    return y, kept
 
 
-def _cpp_backward(grad_y, x, weight, mean, rstd, eps):
+def _cpp_backward(grad_y, x, weight, kept, eps):
     grad_x, grads = native.fresh(torch.empty_like(x)), weight.new_empty(2, *weight.shape)
-    sizes = (mean.numel(), x.shape[-1])
-    native.run_cpp("layer_norm_backward", x.dtype, grad_y, x, weight, mean, rstd, grad_x, grads, *sizes)
+    native.run_cpp("layer_norm_backward", x.dtype, grad_y, x, weight, kept, grad_x, grads, *native.rows(x))
     return grad_x, grads[0], grads[1].clone()
 
 
@@ -99,32 +96,30 @@ KERNELS = {
 
 
 def _torch_forward(x, weight, bias, eps, keep):
-    kept = statistics(x, x.shape[:-1], TORCH)
-    return layer_norm_reference(x, weight, bias, eps), kept, torch.empty_like(kept)
+    return layer_norm_reference(x, weight, bias, eps), statistics(x, (), TORCH)
 
 
-def _torch_backward(grad_y, x, weight, mean, rstd, eps):
+def _torch_backward(grad_y, x, weight, kept, eps):
     # No gradient depends on the bias, so anything of its shape stands for it.
     return gradients(lambda *inputs: layer_norm_reference(*inputs, eps), (x, weight, torch.zeros_like(weight)), grad_y)
 
 
 layer_norm_forward = define(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps, bool keep, str backend)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    " -> (Tensor y, Tensor kept)",
     KERNELS,
     _torch_forward,
     fake=lambda x, weight, bias, eps, keep, backend: (
         torch.empty_like(x),
-        statistics(x, x.shape[:-1], backend, keep),
-        statistics(x, x.shape[:-1], backend, keep),
+        statistics(x, (*x.shape[:-1], 2), backend, keep),
     ),
 )
 layer_norm_backward = define(
-    "layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor rstd, float eps, str backend)"
+    "layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor kept, float eps, str backend)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     KERNELS,
     _torch_backward,
-    fake=lambda grad_y, x, weight, mean, rstd, eps, backend: (
+    fake=lambda grad_y, x, weight, *rest: (
         torch.empty_like(x),
         torch.empty_like(weight),
         torch.empty_like(weight),

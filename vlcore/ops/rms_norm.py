@@ -6,7 +6,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -45,16 +45,14 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, backend):
         x, weight = x.contiguous(), weight.contiguous()
-        y, rstd = rms_norm_forward(x, weight, eps, any(ctx.needs_input_grad), backend)
-        ctx.save_for_backward(x, weight, rstd)
+        ctx.save_for_backward(x, weight)
         ctx.eps, ctx.backend = eps, backend
-        return y
+        return rms_norm_forward(x, weight, eps, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, weight, rstd = ctx.saved_tensors
-        grads = rms_norm_backward(grad_y.contiguous(), x, weight, rstd, ctx.eps, ctx.backend)
+        grads = rms_norm_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.backend)
         return *grads, None, None
 
 
@@ -66,16 +64,15 @@ def _cpp_refusals(x: Tensor, weight: Tensor) -> list[str]:
     return native.cpp_refusals(x)
 
 
-def _cpp_forward(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
-    y, rstd = native.fresh(torch.empty_like(x)), launch.row_statistics(x) if keep else None
-    native.run_cpp("rms_norm_forward", x.dtype, x, weight, y, rstd, *native.rows(x), eps)
-    return y, rstd
+def _cpp_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = native.fresh(torch.empty_like(x))
+    native.run_cpp("rms_norm_forward", x.dtype, x, weight, y, *native.rows(x), eps)
+    return y
 
 
-def _cpp_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _cpp_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight = native.fresh(torch.empty_like(x)), torch.empty_like(weight)
-    sizes = rstd.numel(), x.shape[-1]
-    native.run_cpp("rms_norm_backward", x.dtype, grad_y, x, weight, rstd, grad_x, grad_weight, *sizes)
+    native.run_cpp("rms_norm_backward", x.dtype, grad_y, x, weight, grad_x, grad_weight, *native.rows(x), eps)
     return grad_x, grad_weight
 
 
@@ -91,24 +88,20 @@ KERNELS = {
 }
 
 
-def _torch_forward(x, weight, eps, keep):
-    return rms_norm_reference(x, weight, eps), statistics(x, x.shape[:-1], TORCH)
-
-
-def _torch_backward(grad_y, x, weight, rstd, eps):
+def _torch_backward(grad_y, x, weight, eps):
     return gradients(lambda x, weight: rms_norm_reference(x, weight, eps), (x, weight), grad_y)
 
 
 rms_norm_forward = define(
-    "rms_norm_forward(Tensor x, Tensor weight, float eps, bool keep, str backend) -> (Tensor y, Tensor rstd)",
+    "rms_norm_forward(Tensor x, Tensor weight, float eps, str backend) -> Tensor y",
     KERNELS,
-    _torch_forward,
-    fake=lambda x, weight, eps, keep, backend: (torch.empty_like(x), statistics(x, x.shape[:-1], backend, keep)),
+    rms_norm_reference,
+    fake=lambda x, *rest: torch.empty_like(x),
 )
 rms_norm_backward = define(
-    "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd, float eps, str backend)"
+    "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, float eps, str backend)"
     " -> (Tensor grad_x, Tensor grad_weight)",
     KERNELS,
     _torch_backward,
-    fake=lambda grad_y, x, weight, rstd, eps, backend: (torch.empty_like(x), torch.empty_like(weight)),
+    fake=lambda grad_y, x, weight, *rest: (torch.empty_like(x), torch.empty_like(weight)),
 )
