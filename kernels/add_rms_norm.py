@@ -12,9 +12,7 @@ def forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Te
     return y, total
 
 
-def backward(
-    grad_y: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def backward(grad_y: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """grad_y, grad_total, total (..., N) contiguous -> grad_sum (..., N), grad_weight (N,)."""
     grad_sum, grad_weight, _ = norm_rows_backward.backward(
         "add_rms_norm", grad_y, total, weight, eps, grad_total=grad_total

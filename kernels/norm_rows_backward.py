@@ -47,7 +47,7 @@ def _summand(grad_x_hat, deviations, CENTRED: tl.constexpr):
 
 @triton.jit
 def _projections(products, sums, rstd, rows, num_rows, num_cols, eps, CENTRED: tl.constexpr):
-    """From a row's sums: the means of grad_x_hat and of its product with x_hat, and rstd, which only a mean comes with."""
+    """From a row's sums: the means of grad_x_hat and of its product with x_hat, and rstd, given if there is a mean."""
     across = tl.zeros_like(sums)
     if CENTRED:
         across = sums / num_cols

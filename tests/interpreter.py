@@ -35,7 +35,8 @@ def _rounded(handle: TensorHandle) -> TensorHandle:
 
 
 def teach_bfloat16() -> None:
-    """From now on the interpreter casts, adds, compares and multiplies bfloat16 as a GPU does, and knows its constants; launchers are told."""
+    """From now on the interpreter casts, adds, compares and multiplies bfloat16 as a GPU does, and has constants of it,
+    which Triton's lacks in 3.6; launchers are told."""
     builder = InterpreterBuilder
     cast, convert = builder.cast_impl, builder.create_fp_to_fp
     one, two, dot = builder.unary_op, builder.binary_op, builder.create_dot
@@ -62,7 +63,6 @@ def teach_bfloat16() -> None:
         return dot(self, _widened(a), _widened(b), d, *how)
 
     def get_bf16(self, value):
-        # Of Triton's since 3.7 or later.
         return cast_impl(self, self.get_fp32(value), tl.bfloat16)
 
     for method in (cast_impl, create_fp_to_fp, unary_op, binary_op, create_dot, get_bf16):
