@@ -1,7 +1,8 @@
 """Run the C++ kernels' tests with a build that stops at reads and writes past a tensor: `make sanitize`.
 
 Expects that build first on the path and the sanitizer's library preloaded. First it proves that an access one element
-too far would be seen; then it runs the tests of every operator that has a "cpp" kernel, but for their other backends.
+too far would be seen; then it runs the tests of every operator that has a "cpp" kernel, but for their other backends,
+and those of launches.
 """
 
 import subprocess
@@ -58,7 +59,8 @@ def main() -> int:
     known = [name for name in operators if (TESTS.parent / "vlcore" / "ops" / f"{name}.py").exists()]
     tested = [name for name in known if "cpp" in getattr(import_module(f"vlcore.ops.{name}"), "KERNELS", {})]
     print(f"Every level's overflow is seen. Testing {', '.join(tested)}.", flush=True)
-    files = [str(TESTS / f"test_{name}.py") for name in tested]
+    # What launches kernels of Triton is C++ too.
+    files = [str(TESTS / f"test_{name}.py") for name in (*tested, "direct_launch")]
     # Output that is captured would be lost with the process that the sanitizer ends.
     return pytest.main(["-q", "-x", "--capture=no", "-p", "no:cacheprovider", *sys.argv[1:], *files], [OnlyCpp()])
 
