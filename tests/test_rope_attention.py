@@ -14,6 +14,7 @@ from operators import (
 )
 
 from vlcore import native, ops
+from vlcore.ops.dispatch import choose
 from vlcore.ops.rope_attention import (
     KERNELS,
     RopeAttention,
@@ -201,6 +202,24 @@ def test_a_query_that_sees_one_key_moves_nothing():
     skip_if_refused(KERNELS, "cpp", q, k, v, positions, 1e4, True, None, 0.5)
     out, grad_q, grad_k, _ = values_and_gradients(lambda *qkv: through_op("cpp")(*qkv, positions), (q, k, v))
     assert torch.equal(out[:, :, 0], v[:, :, 0]) and not grad_q.any() and not grad_k.any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "cu_seqlens", "chosen"),
+    [(256, None, "torch"), (128, None, "torch"), (3, None, "cpp"), (256, bounds(0, 100, 256), "cpp")],
+)
+def test_torch_attends_where_it_multiplies_tiles(monkeypatch, queries, cu_seqlens, chosen, causal):
+    given = inputs(batch=1, queries=queries, keys=256, heads=8, dim=64, dtype=torch.bfloat16)
+    skip_if_refused(KERNELS, "cpp", *given, 1e4, causal, cu_seqlens, 0.125)
+    monkeypatch.setattr(native, "multiplies_tiles", True)
+    assert choose("rope_attention", KERNELS, "auto", *given, 1e4, causal, cu_seqlens, 0.125) == chosen
+
+    def attend(*given):
+        return ops.rope_attention(*given, causal=causal, cu_seqlens=cu_seqlens)
+
+    assert_matches(attend, reference(causal, cu_seqlens, 0.125), *given)
+    assert_compiles(attend, given)
 
 
 def test_compiles_without_graph_breaks():

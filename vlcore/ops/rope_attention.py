@@ -19,6 +19,7 @@ from vlcore.ops.attention import (
     fake_forward,
     may_split,
     sequence_lengths,
+    torch_multiplies_faster,
     triton_bounds,
     triton_refusals,
 )
@@ -171,10 +172,16 @@ def rope_attention(
     _check_positions("rope_attention", positions, "k", k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, positions, theta, causal, cu_seqlens, scale)
-    backend = choose("rope_attention", KERNELS, backend, *arguments)
-    if backend == TORCH and may_split(cu_seqlens):
-        return rope_attention_reference(*arguments)
-    return apply(RopeAttention, *arguments, backend)
+    chosen = choose("rope_attention", KERNELS, backend, *arguments)
+    if chosen != TORCH or not may_split(cu_seqlens):
+        return apply(RopeAttention, *arguments, chosen)
+    return rope_attention_reference(*arguments) if backend == TORCH else _in_parts(*arguments)
+
+
+def _in_parts(q, k, v, positions, theta, causal, cu_seqlens, scale) -> Tensor:
+    """Rotated by the kernel that is best at it, and attended to by torch's."""
+    q = apply_rope(q, positions[:, positions.shape[1] - q.shape[1] :], theta)
+    return attention_reference(q, apply_rope(k, positions, theta), v, causal, cu_seqlens, scale, "rope_attention")
 
 
 def _check_positions(operator: str, positions: Tensor, name: str, x: Tensor) -> None:
@@ -205,6 +212,11 @@ class RopeAttention(torch.autograd.Function):
 
 def _cpp_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> list[str]:
     return cpp_refusals(q, k, v, causal, cu_seqlens, scale)
+
+
+def _cpp_worthwhile(q, k, v, positions, theta, causal, cu_seqlens, scale) -> bool:
+    """Of few tokens, three calls in place of one would cost more than torch gains."""
+    return q.numel() * k.shape[1] < 1 << 24 or not torch_multiplies_faster(q, cu_seqlens)
 
 
 def _cpp_forward(q, k, v, positions, cu_seqlens, theta, causal, scale) -> tuple[Tensor, Tensor]:
@@ -281,7 +293,7 @@ def _xformers_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> 
 # better on a GPU is not measured yet: where it does, `worthwhile` says so and "auto" takes it.
 KERNELS = {
     "triton": Kernel(_triton_forward, _triton_backward, _triton_refusals, launch.worthwhile),
-    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile),
     "xformers": Kernel(_xformers_forward, _xformers_backward, _xformers_refusals, lambda *arguments: False),
 }
 
