@@ -63,6 +63,7 @@ def calls() -> dict:
         "attention of float32": lambda: ops.attention(*[q.float()] * 3, scale=2, backend="triton"),
         "attention": lambda: ops.attention(q, q, q, causal=True, backend="triton"),
         "attention, packed": lambda: ops.attention(packed, packed, packed, cu_seqlens=cu_seqlens, backend="triton"),
+        "apply_rope": lambda: ops.apply_rope(q, positions, backend="triton"),
         "rope_attention": lambda: ops.rope_attention(q, q, q, positions, causal=True, backend="triton"),
         "decode_attention": lambda: ops.decode_attention(*new, *caches, torch.tensor([5, 9]), backend="triton"),
         "rel_pos_attention": lambda: ops.rel_pos_attention(heads, heads, heads, side, side, (4, 4), backend="triton"),

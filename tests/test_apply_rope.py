@@ -12,8 +12,7 @@ from operators import (
 )
 
 from vlcore import native, ops
-from vlcore.ops.rope_attention import APPLY_ROPE_KERNELS as KERNELS
-from vlcore.ops.rope_attention import apply_rope_reference
+from vlcore.ops.apply_rope import KERNELS, apply_rope_reference
 
 
 def test_turns_by_differences_of_position():

@@ -173,7 +173,7 @@ def test_within_torch_backend_there_are_no_kernels():
         assert not KERNELS
         raise ZeroDivisionError
     assert kept == KERNELS
-    assert {"swiglu", "decode_attention"} <= set(operators()) and "apply_rope" not in operators()
+    assert {"swiglu", "decode_attention"} <= set(operators()) and "quantize_weight" not in operators()
 
 
 @pytest.mark.parametrize("name", ["tiny", "deepseek_vl_1_3b"])

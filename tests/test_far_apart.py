@@ -10,11 +10,10 @@ from conftest import DEVICE
 from operators import random, skip_if_refused, values_and_gradients
 
 from vlcore import ops
+from vlcore.ops.apply_rope import KERNELS as APPLY_ROPE
 from vlcore.ops.decode_attention import KERNELS as DECODE
 from vlcore.ops.rel_pos_attention import KERNELS as REL_POS
-from vlcore.ops.rope_attention import APPLY_ROPE_KERNELS as APPLY_ROPE
 from vlcore.ops.rope_attention import KERNELS as ROPE
-from vlcore.ops.rope_attention import apply_rope
 from vlcore.ops.swiglu import KERNELS as SWIGLU
 from vlcore.ops.window_attention import KERNELS as WINDOW
 
@@ -66,7 +65,7 @@ def test_rope_attention(backend, dim):
 def test_apply_rope(backend, dim):
     x, positions = random(3, 3, 3, 16), torch.arange(3).expand(3, 3)
     skip_if_refused(APPLY_ROPE, backend, x, positions, 1e4)
-    assert_distance_does_not_matter(lambda x: apply_rope(x, positions, backend=backend), dim, x)
+    assert_distance_does_not_matter(lambda x: ops.apply_rope(x, positions, backend=backend), dim, x)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

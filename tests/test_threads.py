@@ -55,6 +55,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Callable, tuple]]:
     projections = (r(256, 256), r(128, 256), r(128, 256), r(256, 256))
     return {
         "add_rms_norm": (ops.add_rms_norm, (r(333, 192), r(333, 192), r(192))),
+        "apply_rope": (ops.apply_rope, (r(1, 333, 3, 64), torch.arange(333)[None])),
         "attention": (ops.attention, tuple(r(1, 333, 3, 64) for _ in range(3))),
         "decode_attention": (decode_attention, (r(2, 1, 8, 64), r(2, 1, 4, 64), r(2, 1, 4, 64))),
         "decode_block": (

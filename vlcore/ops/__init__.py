@@ -1,6 +1,7 @@
 """The operators that the models are built from; each picks the fastest kernel that can run its inputs."""
 
 from vlcore.ops.add_rms_norm import add_rms_norm
+from vlcore.ops.apply_rope import apply_rope
 from vlcore.ops.attention import attention
 from vlcore.ops.decode_attention import decode_attention
 from vlcore.ops.decode_block import BlockWeights, decode_block
@@ -12,7 +13,7 @@ from vlcore.ops.linear_cross_entropy import linear_cross_entropy
 from vlcore.ops.quantized_linear import GROUP_SIZES, QuantizedWeight, quantize_weight, quantized_linear
 from vlcore.ops.rel_pos_attention import rel_pos_attention
 from vlcore.ops.rms_norm import rms_norm
-from vlcore.ops.rope_attention import apply_rope, rope_attention
+from vlcore.ops.rope_attention import rope_attention
 from vlcore.ops.swiglu import swiglu
 from vlcore.ops.window_attention import window_attention
 

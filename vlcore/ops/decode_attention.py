@@ -7,9 +7,9 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
+from vlcore.ops.apply_rope import rope_tables, rotate
 from vlcore.ops.attention import MAX_HEAD_DIM
 from vlcore.ops.dispatch import AUTO, Kernel, choose, define
-from vlcore.ops.rope_attention import rope_tables, rotate
 
 
 def decode_attention_reference(
