@@ -97,7 +97,7 @@ def read(path: Path) -> Found:
 
 
 def sources(operator: str) -> dict[str, str]:
-    """The files of an operator's GPU kernels, and a hash of each, but for what has no device code."""
+    """The files of an operator's GPU kernels, and a hash of each, but for those that no compiled kernel depends on."""
     files: set[Path] = set()
     left = {ROOT / "kernels" / f"{operator}.py", ROOT / "csrc" / "cuda" / f"{operator}.cu"}
     while left:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.bench.command import cases
 from vlcore.bench.harness import Maker, Measurement, dtype_name, split
 from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
@@ -33,7 +33,7 @@ def overhead(dtype: torch.dtype, device: str) -> Iterator[Measurement]:
         for records in (False, True):
             functions = {AUTO: _bound(case.on(AUTO), inputs, records), peer: _bound(others, inputs, records)}
             yield _measured(operator, case.shape, records, dtype, device, functions)
-    if device == "cpu" and launch.AVAILABLE and not launch.INTERPRETED:
+    if device == "cpu" and launch.AVAILABLE and not launch.INTERPRETED and native.cpp is not None:
         yield from launched(dtype)
 
 

@@ -2,9 +2,7 @@
 // third of that.
 #include "launch_again.h"
 
-#include <array>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 namespace vlcore {
@@ -34,6 +32,7 @@ struct Given {
       addresses.push_back(checked(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr)));
       dtypes.push_back(checked(PyObject_GetAttr(tensor.ptr(), dtype)));
       together |= reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(addresses.back().ptr()));
+      if (PyErr_Occurred()) throw py::error_already_set();
     }
   }
 

@@ -49,8 +49,8 @@ def _load_scale(weight_ptr, bias_ptr, cols, num_cols):
 
 
 @triton.jit
-def _store_statistics(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps):
-    """Of each row the mean, and what its deviations are multiplied by, which is returned."""
+def _reciprocal_deviation(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps):
+    """What a row's deviations are multiplied by, which is kept beside the mean where that is asked for."""
     rstd = tl.rsqrt(squares / num_cols + eps)
     if statistics_ptr is not None:
         tl.store(statistics_ptr + 2 * rows, mean, mask=rows < num_rows)
@@ -82,7 +82,7 @@ def forward_kernel(
     weight, bias = _load_scale(weight_ptr, bias_ptr, cols, num_cols)
     x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
     mean, squares = _with_chunk(zeros, zeros, x, mask, 0, num_cols, BLOCK_COLS, bias_ptr is not None)
-    rstd = _store_statistics(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps)
+    rstd = _reciprocal_deviation(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps)
     tl.store(y_ptr + first + cols[None, :], (x - mean[:, None]) * rstd[:, None] * weight + bias, mask=mask)
 
 
@@ -110,7 +110,7 @@ def wide_forward_kernel(
         mask = inside & (cols < num_cols)[None, :]
         x = _load_rows(x_ptr, residual_ptr, total_ptr, first, cols[None, :], mask)
         mean, squares = _with_chunk(mean, squares, x, mask, start, num_cols, BLOCK_COLS, bias_ptr is not None)
-    rstd = _store_statistics(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps)
+    rstd = _reciprocal_deviation(mean, squares, statistics_ptr, rows, num_rows, num_cols, eps)
 
     if residual_ptr is not None:
         # Of the total, other threads may read what one has written.

@@ -50,7 +50,9 @@ def test_tiles_of_rows_and_chunks_of_long_ones(monkeypatch, cols, block, dtype):
     given = inputs(7, cols, dtype=dtype)
     skip_if_refused(KERNELS, "triton", *given)
     launch_with(monkeypatch, BLOCK_ROWS=2, BLOCK_COLS=block, PROGRAMS=2, BLOCK_PARTIALS=1)
-    assert_matches(lambda *given: ops.layer_norm(*given, backend="triton"), layer_norm_reference, *given)
+    # Behind the last row are zeros, of which nothing but eps makes a number.
+    norm, reference = partial(ops.layer_norm, eps=0.0, backend="triton"), partial(layer_norm_reference, eps=0.0)
+    assert_matches(norm, reference, *given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

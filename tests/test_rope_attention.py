@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from accuracy import assert_as_accurate
@@ -14,6 +16,8 @@ from operators import (
 )
 
 from vlcore import native, ops
+from vlcore.bench.peers import torch_backend
+from vlcore.ops.apply_rope import rope_tables
 from vlcore.ops.dispatch import choose
 from vlcore.ops.rope_attention import (
     KERNELS,
@@ -219,7 +223,18 @@ def test_torch_attends_where_it_multiplies_tiles(monkeypatch, queries, cu_seqlen
         return ops.rope_attention(*given, causal=causal, cu_seqlens=cu_seqlens)
 
     assert_matches(attend, reference(causal, cu_seqlens, 0.125), *given)
-    assert_compiles(attend, given)
+    longer = inputs(batch=1, queries=queries + 64, keys=320, heads=8, dim=64, dtype=torch.bfloat16)
+    assert_compiles(attend, given, *([longer] if cu_seqlens is None else []))
+
+
+def test_the_torch_backend_rotates_as_the_reference_does(monkeypatch):
+    made, tables = [], rope_tables
+    monkeypatch.setattr(
+        import_module("vlcore.ops.rope_attention"), "rope_tables", lambda *given: made.append(given) or tables(*given)
+    )
+    with torch_backend():
+        ops.rope_attention(*inputs())
+    assert len(made) == 1
 
 
 def test_compiles_without_graph_breaks():

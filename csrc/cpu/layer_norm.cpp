@@ -48,14 +48,12 @@ static void layer_norm_row(const T* x, const T* weight, const T* bias, T* y, flo
 template <typename T>
 static void layer_norm_backward_row(const T* grad_y, const T* x, const T* weight, float mean, float rstd, T* grad_x,
                                     float* grad_weight, float* grad_bias, int64_t cols) {
-  Vec grads = {}, products = {};
-  for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+  const TwoVecs sums = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec grad = load(grad_y + col, lanes) * load(weight + col, lanes);
-    grads += grad;
-    products += grad * (load(x + col, lanes) - mean);
+    return TwoVecs{grad, grad * (load(x + col, lanes) - mean)};
   });
-  const float mean_grad = reduce_add(grads) / static_cast<float>(cols);
-  const float mean_product = reduce_add(products) * rstd / static_cast<float>(cols);
+  const float mean_grad = reduce_add(sums.first) / static_cast<float>(cols);
+  const float mean_product = reduce_add(sums.second) * rstd / static_cast<float>(cols);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec x_hat = (load(x + col, lanes) - mean) * rstd, grad = load(grad_y + col, lanes);
     store(grad_x + col, (grad * load(weight + col, lanes) - mean_grad - x_hat * mean_product) * rstd, lanes);

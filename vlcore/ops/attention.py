@@ -209,7 +209,8 @@ def torch_multiplies_faster(q: Tensor, cu_seqlens: Tensor | None) -> bool:
 
 
 def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
-    """Where a call is not over before it has begun: torch's own attention costs less to call."""
+    """Where torch has no instructions that ours lack, and a call is not over before it has begun: torch's own attention
+    costs less to call."""
     if torch_multiplies_faster(q, cu_seqlens):
         return False
     least = 1 << 22 if q.dtype == torch.float32 else 1 << 18

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
+from vlcore.ops.apply_rope import KERNELS as ROTATING
 from vlcore.ops.apply_rope import apply_rope, check_positions, rope_tables, rotate
 from vlcore.ops.attention import (
     attention_reference,
@@ -81,13 +82,15 @@ def rope_attention(
     chosen = choose("rope_attention", KERNELS, backend, *arguments)
     if chosen != TORCH or not may_split(cu_seqlens):
         return apply(RopeAttention, *arguments, chosen)
-    return rope_attention_reference(*arguments) if backend == TORCH else _in_parts(*arguments)
+    if choose("apply_rope", ROTATING, backend, k, positions, theta) == TORCH:
+        return rope_attention_reference(*arguments)
+    q, k = _rotated(q, k, positions, theta)
+    return attention_reference(q, k, v, causal, cu_seqlens, scale, "rope_attention")
 
 
-def _in_parts(q, k, v, positions, theta, causal, cu_seqlens, scale) -> Tensor:
-    """Rotated by the kernel that is best at it, and attended to by torch's."""
-    q = apply_rope(q, positions[:, positions.shape[1] - q.shape[1] :], theta)
-    return attention_reference(q, apply_rope(k, positions, theta), v, causal, cu_seqlens, scale, "rope_attention")
+def _rotated(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """Both, by the kernel that is best at it."""
+    return apply_rope(q, positions[:, k.shape[1] - q.shape[1] :], theta), apply_rope(k, positions, theta)
 
 
 class RopeAttention(torch.autograd.Function):
@@ -114,7 +117,7 @@ def _cpp_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> list[
 
 def _cpp_worthwhile(q, k, v, positions, theta, causal, cu_seqlens, scale) -> bool:
     """Of few tokens, three calls in place of one would cost more than torch gains."""
-    return q.numel() * k.shape[1] < 1 << 24 or not torch_multiplies_faster(q, cu_seqlens)
+    return not torch_multiplies_faster(q, cu_seqlens) or q.numel() * k.shape[1] < 1 << 24
 
 
 def _cpp_forward(q, k, v, positions, cu_seqlens, theta, causal, scale) -> tuple[Tensor, Tensor]:
@@ -147,8 +150,7 @@ def _attend_with_xformers(q, k, v, positions, cu_seqlens, theta, causal, scale) 
     from xformers.ops import fmha
 
     (batch, num_queries, heads, head_dim), (num_keys, kv_heads) = q.shape, k.shape[1:3]
-    q = apply_rope(q, positions[:, num_keys - num_queries :], theta)
-    k = apply_rope(k, positions, theta)
+    q, k = _rotated(q, k, positions, theta)
     bias = None
     if cu_seqlens is not None:
         lengths = sequence_lengths("rope_attention", cu_seqlens, num_queries)
