@@ -48,8 +48,9 @@ check: setup
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# The tests of the C++ kernels and of launches on a build, apart from the usual one, that stops at any access past a tensor and at undefined
-# behaviour. Python and torch know nothing of the sanitizer, so its library goes first, and leaks are not looked for.
+# The tests of the C++ kernels and of launches on a build, apart from the usual one, that stops at any access past a
+# tensor and at undefined behaviour. Python and torch know nothing of the sanitizer, so its library goes first, and
+# leaks are not looked for.
 sanitize: setup
 	VLCORE_SANITIZE=1 VLCORE_CUDA=0 $(BIN)/python -m build --wheel --outdir build/sanitize .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so)" \

@@ -97,7 +97,7 @@ def settings(operator: str, kernel: str, device: torch.device, **sizes: int) -> 
     Returns:
         Constants of the kernel, num_warps and num_stages by name. Not to be changed.
     """
-    return look_up(operator, kernel, architecture(device.index), (*sizes.items(),))
+    return look_up(operator, kernel, architecture(device.index), tuple(sizes.items()))
 
 
 @cache

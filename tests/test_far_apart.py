@@ -18,7 +18,7 @@ from vlcore.ops.swiglu import KERNELS as SWIGLU
 from vlcore.ops.window_attention import KERNELS as WINDOW
 
 if sys.platform != "linux" or DEVICE != "cpu":
-    pytest.skip("it takes memory that is not there, as Linux lets a process do", allow_module_level=True)
+    pytest.skip("only Linux, and only of a CPU, gives memory that is not there", allow_module_level=True)
 
 BACKENDS = ["triton", "cpp"]
 # Twice this is beyond 2^31.

@@ -37,7 +37,7 @@ static void layer_norm_row(const T* x, const T* weight, const T* bias, T* y, flo
     const float deviation = static_cast<float>(x[col]) - mean;
     squares += deviation * deviation;
   }
-  rstd = 1.f / std::sqrt((reduce_add(whole_squares) + squares) / static_cast<float>(cols) + eps);
+  rstd = reciprocal_norm(reduce_add(whole_squares) + squares, cols, eps);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     store(y + col, (load(x + col, lanes) - mean) * rstd * load(weight + col, lanes) + load(bias + col, lanes), lanes);
   });

@@ -4,9 +4,9 @@ namespace vlcore::VLCORE_LEVEL {
 // Below this, waking a thread costs more than it brings.
 constexpr int64_t kParallelElements = 1 << 15;
 
-// 1 / sqrt(mean(x^2) + eps), of the squares' sums.
-static float reciprocal_norm(Vec squares, int64_t cols, float eps) {
-  return 1.f / std::sqrt(reduce_add(squares) / static_cast<float>(cols) + eps);
+// What a row is multiplied by, from the sum of its squares.
+static float reciprocal_norm(float squares, int64_t cols, float eps) {
+  return 1.f / std::sqrt(squares / static_cast<float>(cols) + eps);
 }
 
 template <typename T>
@@ -15,7 +15,7 @@ static void rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float 
     const Vec value = load(x + col, lanes);
     return value * value;
   });
-  const float rstd = reciprocal_norm(squares, cols, eps);
+  const float rstd = reciprocal_norm(reduce_add(squares), cols, eps);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     store(y + col, load(x + col, lanes) * rstd * load(weight + col, lanes), lanes);
   });
@@ -38,7 +38,7 @@ static void rms_norm_backward_row(const T* grad_y, const T* extra, const T* x, c
     const Vec value = load(x + col, lanes);
     return TwoVecs{value * value, load(grad_y + col, lanes) * load(weight + col, lanes) * value};
   });
-  const float rstd = reciprocal_norm(sums.first, cols, eps);
+  const float rstd = reciprocal_norm(reduce_add(sums.first), cols, eps);
   const float mean = reduce_add(sums.second) * rstd / static_cast<float>(cols);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec x_hat = load(x + col, lanes) * rstd, grad = load(grad_y + col, lanes);
