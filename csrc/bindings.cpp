@@ -42,7 +42,6 @@ struct Crossing<Weight> {
 PYBIND11_MODULE(_C, m) {
   using vlcore::bind;
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
-  m.def("multiplies_tiles", vlcore::multiplies_tiles);
   m.def("launch_again", vlcore::launch_again);
   bind(m, "prefer_huge_pages", vlcore::prefer_huge_pages);
   bind(m, "rms_norm_forward", vlcore::rms_norm_forward);

@@ -2,6 +2,14 @@
 #include <array>
 #include <cstdint>
 
+// GCC compiles each kernel for several levels of x86's instructions, other compilers for the first; tiles are Linux's.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VLCORE_X86_LEVELS
+#if defined(__linux__) && __GNUC__ >= 11
+#define VLCORE_X86_TILES
+#endif
+#endif
+
 // Kernels on raw pointers: no torch, no Python. All matrices are row-major and contiguous unless strides are given.
 namespace vlcore {
 
@@ -9,7 +17,7 @@ namespace vlcore {
 enum class DType : int { float32 = 0, bfloat16 = 1 };
 
 // What a machine's vector instructions can do; each level includes those below.
-enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Level : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 struct Target {
   DType dtype;
@@ -21,9 +29,6 @@ using TokenStrides = std::array<int64_t, 3>;
 
 // The highest level of this machine.
 Level best_level();
-
-// Whether this machine has instructions for whole tiles of a matrix product (AMX), which no level uses.
-bool multiplies_tiles();
 
 // Asks the system to put what is not yet written of `size` bytes on huge pages: a matrix that is read once a token from
 // memory is read a quarter faster from them. Where there are none it does nothing.

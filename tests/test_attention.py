@@ -224,14 +224,6 @@ def test_small_calls_are_left_to_torch():
     assert choose("attention", KERNELS, "auto", *large, False, None, 0.5) == "cpp"
 
 
-def test_torch_attends_where_it_multiplies_tiles(monkeypatch):
-    given = [x.bfloat16() for x in inputs(batch=1, queries=64, keys=64, dim=64)]
-    skip_if_refused(KERNELS, "cpp", *given, False, None, 0.5)
-    for tiles, packing, chosen in ((False, None, "cpp"), (True, None, "torch"), (True, bounds(0, 9, 64), "cpp")):
-        monkeypatch.setattr(native, "multiplies_tiles", tiles)
-        assert choose("attention", KERNELS, "auto", *given, False, packing, 0.5) == chosen
-
-
 def test_says_why_a_backend_cannot_run():
     with pytest.raises(ValueError, match="attention cannot run on 'cpp' .* float32 and bfloat16 only"):
         ops.attention(Q.half(), K.half(), K.half(), backend="cpp")

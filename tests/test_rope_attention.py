@@ -1,4 +1,3 @@
-from importlib import import_module
 
 import pytest
 import torch
@@ -16,9 +15,6 @@ from operators import (
 )
 
 from vlcore import native, ops
-from vlcore.bench.peers import torch_backend
-from vlcore.ops.apply_rope import rope_tables
-from vlcore.ops.dispatch import choose
 from vlcore.ops.rope_attention import (
     KERNELS,
     RopeAttention,
@@ -206,35 +202,6 @@ def test_a_query_that_sees_one_key_moves_nothing():
     skip_if_refused(KERNELS, "cpp", q, k, v, positions, 1e4, True, None, 0.5)
     out, grad_q, grad_k, _ = values_and_gradients(lambda *qkv: through_op("cpp")(*qkv, positions), (q, k, v))
     assert torch.equal(out[:, :, 0], v[:, :, 0]) and not grad_q.any() and not grad_k.any()
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("queries", "cu_seqlens", "chosen"),
-    [(256, None, "torch"), (128, None, "torch"), (3, None, "cpp"), (256, bounds(0, 100, 256), "cpp")],
-)
-def test_torch_attends_where_it_multiplies_tiles(monkeypatch, queries, cu_seqlens, chosen, causal):
-    given = inputs(batch=1, queries=queries, keys=256, heads=8, dim=64, dtype=torch.bfloat16)
-    skip_if_refused(KERNELS, "cpp", *given, 1e4, causal, cu_seqlens, 0.125)
-    monkeypatch.setattr(native, "multiplies_tiles", True)
-    assert choose("rope_attention", KERNELS, "auto", *given, 1e4, causal, cu_seqlens, 0.125) == chosen
-
-    def attend(*given):
-        return ops.rope_attention(*given, causal=causal, cu_seqlens=cu_seqlens)
-
-    assert_matches(attend, reference(causal, cu_seqlens, 0.125), *given)
-    longer = inputs(batch=1, queries=queries + 64, keys=320, heads=8, dim=64, dtype=torch.bfloat16)
-    assert_compiles(attend, given, *([longer] if cu_seqlens is None else []))
-
-
-def test_the_torch_backend_rotates_as_the_reference_does(monkeypatch):
-    made, tables = [], rope_tables
-    monkeypatch.setattr(
-        import_module("vlcore.ops.rope_attention"), "rope_tables", lambda *given: made.append(given) or tables(*given)
-    )
-    with torch_backend():
-        ops.rope_attention(*inputs())
-    assert len(made) == 1
 
 
 def test_compiles_without_graph_breaks():

@@ -21,8 +21,8 @@ cuda = _load("_cuda")
 
 # The instructions that C++ kernels use, of csrc/kernels.h: those of this machine. Tests lower it.
 level: int = cpp.best_level() if cpp else 0
-# Whether the machine multiplies whole tiles (AMX), as torch's matrix products do and the kernels do not.
-multiplies_tiles: bool = cpp.multiplies_tiles() if cpp else False
+# Of these, the one with products of whole tiles of bfloat16.
+AMX = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CUDA_DTYPES = {**_DTYPES, torch.float16: 2}
 

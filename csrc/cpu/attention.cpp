@@ -1,5 +1,6 @@
 #ifndef VLCORE_LEVEL
 #define VLCORE_FILE "cpu/attention.cpp"
+#define VLCORE_MULTIPLIES_TILES
 #include "cpu/for_each_level.h"
 
 namespace vlcore {

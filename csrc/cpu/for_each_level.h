@@ -29,19 +29,20 @@
 #define VLCORE_LEVEL generic
 #define VLCORE_LANES 4
 #include "cpu/simd.h"
+#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
 #undef VLCORE_LANES
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VLCORE_X86_LEVELS
+#if defined(VLCORE_X86_LEVELS)
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 #define VLCORE_LEVEL avx2
 #define VLCORE_LANES 8
 #include "cpu/simd.h"
+#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -53,6 +54,7 @@
 #define VLCORE_LEVEL avx512
 #define VLCORE_LANES 16
 #include "cpu/simd.h"
+#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -65,6 +67,7 @@
 #define VLCORE_LANES 16
 #define VLCORE_BF16_DOT
 #include "cpu/simd.h"
+#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -72,13 +75,40 @@
 #undef VLCORE_BF16_DOT
 #pragma GCC pop_options
 
+#if defined(VLCORE_X86_TILES) && defined(VLCORE_MULTIPLIES_TILES)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512,avx512vnni,avx512bf16")
+#define VLCORE_LEVEL amx
+#define VLCORE_LANES 16
+#define VLCORE_BF16_DOT
+#define VLCORE_AMX
+#include "cpu/simd.h"
+#include "cpu/tile_unit.h"
+#include "cpu/tile.h"
+#include VLCORE_FILE
+#undef VLCORE_LEVEL
+#undef VLCORE_LANES
+#undef VLCORE_BF16_DOT
+#undef VLCORE_AMX
+#pragma GCC pop_options
+#endif
+
 #endif
 
 #define VLCORE_RUN_AT(level_name, target, kernel, ...) \
   (target.dtype == DType::float32 ? level_name::kernel<float>(__VA_ARGS__) : level_name::kernel<bfloat16>(__VA_ARGS__))
 #if defined(VLCORE_X86_LEVELS)
+// Tiles are of bfloat16.
+#if defined(VLCORE_X86_TILES) && defined(VLCORE_MULTIPLIES_TILES)
+#define VLCORE_RUN_IN_TILES(target, kernel, ...)                      \
+  target.level == Level::amx && target.dtype == DType::bfloat16       \
+      ? amx::kernel<bfloat16>(__VA_ARGS__) :
+#else
+#define VLCORE_RUN_IN_TILES(target, kernel, ...)
+#endif
 #define VLCORE_RUN(target, kernel, ...)                                                         \
-  (target.level == Level::avx512_bf16 ? VLCORE_RUN_AT(avx512_bf16, target, kernel, __VA_ARGS__) \
+  (VLCORE_RUN_IN_TILES(target, kernel, __VA_ARGS__) \
+   target.level >= Level::avx512_bf16 ? VLCORE_RUN_AT(avx512_bf16, target, kernel, __VA_ARGS__) \
    : target.level == Level::avx512    ? VLCORE_RUN_AT(avx512, target, kernel, __VA_ARGS__)      \
    : target.level == Level::avx2      ? VLCORE_RUN_AT(avx2, target, kernel, __VA_ARGS__)        \
                                       : VLCORE_RUN_AT(generic, target, kernel, __VA_ARGS__))

@@ -3,6 +3,8 @@
 //
 // Keys are laid out by lanes: each image row begins on a vector, so that a vector of scores needs one rel_h, and a
 // vector of rel_w that is the same in every image row.
+#include "cpu/panels.h"
+
 namespace vlcore::VLCORE_LEVEL {
 
 // Queries that are computed together; a multiple of every level's kRows.
@@ -43,13 +45,14 @@ inline int64_t cut(int64_t size, int64_t pieces, int64_t index) { return size * 
 // Below this many products, waking a thread costs more than it brings.
 constexpr int64_t kParallelProducts = 1 << 18;
 
-// Calls block(first, count) for all `count` queries, in blocks of about one size.
-template <typename Block>
+// Calls block(first, count) for all `count` queries, in blocks of about one size, whole groups but for the last.
+template <typename T, typename Block>
 static void for_blocks(int64_t count, const Block& block) {
-  const int64_t num_blocks = (count + kBlockRows - 1) / kBlockRows;
+  constexpr int64_t kRows = Panel<Operand<T>>::kRows;
+  const int64_t groups = (count + kRows - 1) / kRows, num_blocks = (count + kBlockRows - 1) / kBlockRows;
   for (int64_t index = 0; index < num_blocks; ++index) {
-    const int64_t first = cut(count, num_blocks, index);
-    block(first, cut(count, num_blocks, index + 1) - first);
+    const int64_t first = cut(groups, num_blocks, index) * kRows;
+    block(first, std::min(count, cut(groups, num_blocks, index + 1) * kRows) - first);
   }
 }
 
@@ -133,10 +136,10 @@ class QueryBlock {
         q(kBlockRows * q_stride),
         rel_h(kBlockRows * grid.height),
         rel_w(kBlockRows * w_stride),
-        ones(kBlockRows),
+        ones(std::max(kBlockRows, out_stride)),
         offsets_stride_(round_up(2 * std::max(grid.height, grid.width) - 1, kLanes)),
         offsets_(kRows * offsets_stride_) {
-    std::fill(ones.get(), ones.get() + kBlockRows, 1.f);
+    std::fill(ones.get(), ones.get() + std::max(kBlockRows, out_stride), 1.f);
     std::fill(rel_w.get(), rel_w.get() + kBlockRows * w_stride, -INFINITY);
   }
 
@@ -171,6 +174,7 @@ class QueryBlock {
     }
   }
 
+  const TileUnit tile_unit_;
   const int64_t offsets_stride_;
   const Scratch<float> offsets_;
 };

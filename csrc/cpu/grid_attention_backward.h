@@ -4,13 +4,28 @@
 // become those of the tables. The gradients of keys and values grow in memory, lane by lane.
 namespace vlcore::VLCORE_LEVEL {
 
-// Sums over queries: gradients of keys and values (lanes, stride), and of the tables, last row first.
+// Sums over queries: gradients of keys and values, by lanes, and of the tables, by offsets from the last row on. They
+// stand transposed in panels of kWidth lanes or offsets, (panels, stride, kWidth).
+template <typename O>
 struct GridSums {
+  static constexpr int64_t kWidth = Panel<O>::kWidth;
+
   explicit GridSums(const Grid& grid)
       : stride(round_up(grid.head_dim, kLanes)),
-        lanes_size(grid.lanes() * stride),
-        table_h_size((2 * grid.height - 1) * stride),
-        table_w_size((2 * grid.width - 1) * stride) {}
+        lanes_size(stride * padded_cols<O>(grid.lanes())),
+        table_h_size(stride * padded_cols<O>(2 * grid.height - 1)),
+        table_w_size(stride * padded_cols<O>(2 * grid.width - 1)) {}
+
+  int64_t at(int64_t lane, int64_t d) const { return (lane / kWidth * stride + d) * kWidth + lane % kWidth; }
+
+  // rows (grid.row_lanes(), stride) of the image row y.
+  void image_row(const Grid& grid, const float* sums, int64_t y, float* rows) const {
+    for (int64_t x = 0; x < grid.row_lanes(); x += kLanes) {
+      for (int64_t d = 0; d < stride; d += kLanes) {
+        transpose_units(sums + at(y * grid.row_lanes() + x, d), kWidth, kLanes, rows + x * stride + d, stride);
+      }
+    }
+  }
 
   const int64_t stride, lanes_size, table_h_size, table_w_size;
   float *keys = nullptr, *values = nullptr, *table_h = nullptr, *table_w = nullptr;
@@ -49,8 +64,8 @@ class BackwardBlock : public QueryBlock<T> {
       : Base(grid),
         is_held(grid.lanes() <= kHeldLanes),
         grad_out(kBlockRows * Base::q_stride),
-        packed_q(packed_size<O>(kBlockRows, grid.head_dim)),
-        packed_grad_out(packed_size<O>(kBlockRows, grid.head_dim)),
+        transposed_q(Base::out_stride * kBlockRows),
+        transposed_grad_out(Base::out_stride * kBlockRows),
         probabilities(is_held ? kBlockRows * round_up(grid.lanes(), kWidth) : kRows * kWidth),
         grad_probabilities(is_held ? kBlockRows * round_up(grid.lanes(), kWidth) : 0),
         packed_probabilities(kBlockRows * kWidth),
@@ -63,9 +78,10 @@ class BackwardBlock : public QueryBlock<T> {
         grad_q(kBlockRows * Base::out_stride),
         grad_rel_h(kBlockRows * grid.height),
         grad_rel_w(kBlockRows * Base::w_stride),
-        offsets_stride_(round_up(2 * std::max(grid.height, grid.width), 2)),
+        offsets_stride_(padded_depth<O>(2 * std::max(grid.height, grid.width))),
         offsets_(kBlockRows * offsets_stride_),
         packed_offsets_(packed_size<O>(kBlockRows, offsets_stride_)),
+        packed_rows_(packed_size<O>(kBlockRows, grid.head_dim)),
         packed_out_(packed_size<O>(grid.head_dim, kRows)) {}
 
   void load(const Query<T>* queries, int64_t count, const PackedTable<O>& table_h, const PackedTable<O>& table_w) {
@@ -87,8 +103,11 @@ class BackwardBlock : public QueryBlock<T> {
       for (int64_t d = 0; d < dim; ++d) grad_out.get()[row * Base::q_stride + d] = convert<O>(queries[row].grad_out[d]);
     }
     std::fill(factors.get(), factors.get() + rows, 1.f);
-    pack(Base::q.get(), Base::q_stride, rows, dim, packed_q.get());
-    pack(grad_out.get(), Base::q_stride, rows, dim, packed_grad_out.get());
+    transpose(Base::q, transposed_q);
+    transpose(grad_out, transposed_grad_out);
+    for (O* panel : {packed_probabilities.get(), packed_grad_scores.get()}) {
+      std::fill(panel + rows * kWidth, panel + padded_depth<O>(rows) * kWidth, O(0.f));
+    }
   }
 
   // delta = grad_out . out, by the product that gives grad_out . v: where a softmax has one key they must cancel. Where
@@ -119,22 +138,22 @@ class BackwardBlock : public QueryBlock<T> {
                  Base::out_stride);
     pack(offsets_.get(), offsets_stride_, rows, table.num_offsets, packed_offsets_.get());
     for (int64_t first = 0; first < table.num_offsets; first += kWidth) {
-      add_transposed(packed_offsets_.get() + first * rows, std::min(kWidth, table.num_offsets - first), packed_q.get(),
-                     grad_table + first * Base::out_stride);
+      add_transposed(transposed_q, packed_offsets_.get() + first * padded_depth<O>(rows),
+                     std::min(kWidth, table.num_offsets - first), grad_table + first * Base::out_stride);
     }
   }
 
-  // sums (num_rows, out_stride) += A^T B for a panel A (rows, kWidth) and a packed B (rows, head_dim).
-  void add_transposed(const O* a, int64_t num_rows, const O* b, float* sums) const {
-    multiply_all(a, Panel<O>::kGrain, b, num_rows, Base::grid.head_dim, Base::rows, Base::ones.get(), sums,
-                 Base::out_stride, kWidth * Panel<O>::kGrain);
+  // sums (head_dim, kWidth) += A B for a transposed A (head_dim, rows) and a panel B (rows, cols).
+  void add_transposed(const Scratch<O>& a, const O* b, int64_t cols, float* sums) const {
+    multiply_all(a.get(), kBlockRows, b, Base::grid.head_dim, cols, padded_depth<O>(Base::rows), Base::ones.get(), sums,
+                 kWidth);
   }
 
   // Where the group of queries from `first` on has its part of a panel, (kRows, kWidth).
   int64_t held_at(int64_t panel, int64_t first) const { return is_held ? (panel * kBlockRows + first) * kWidth : 0; }
 
   const bool is_held;
-  const Scratch<O> grad_out, packed_q, packed_grad_out;
+  const Scratch<O> grad_out, transposed_q, transposed_grad_out;
   const Scratch<float> probabilities, grad_probabilities;
   const Scratch<O> packed_probabilities, grad_scores, packed_grad_scores;
   const Scratch<float> delta, delta_lanes, sum_lanes, factors, grad_q, grad_rel_h, grad_rel_w;
@@ -145,8 +164,22 @@ class BackwardBlock : public QueryBlock<T> {
     std::memset(static_cast<void*>(scratch.get()), 0, size * sizeof(Element));
   }
 
+  // to (head_dim, kBlockRows) is the block's rows of `from` (rows, q_stride), by pairs of rows where these stand side by
+  // side in a panel.
+  void transpose(const Scratch<O>& from, const Scratch<O>& to) {
+    constexpr int64_t kGrain = Panel<O>::kGrain;
+    const int64_t depth = padded_depth<O>(Base::rows), dim = Base::grid.head_dim;
+    pack(from.get(), Base::q_stride, Base::rows, dim, packed_rows_.get());
+    for (int64_t d = 0; d < dim; d += kWidth) {
+      for (int64_t row = 0; row < depth; row += kLanes * kGrain) {
+        transpose_units(packed_rows_.get() + d * depth + row * kWidth, kWidth, std::min(kWidth, dim - d),
+                        to.get() + d * kBlockRows + row, kBlockRows / kGrain);
+      }
+    }
+  }
+
   const int64_t offsets_stride_;
-  const Scratch<O> offsets_, packed_offsets_, packed_out_;
+  const Scratch<O> offsets_, packed_offsets_, packed_rows_, packed_out_;
 };
 
 // Probabilities of kRows queries and a panel of keys, up to the rows' factors, and grad_out v^T.
@@ -232,6 +265,9 @@ static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     store_operands(block.grad_scores.get() + row * kWidth, grad[row]);
+    if constexpr (padded_depth<O>(kVecs * kLanes) > kVecs * kLanes) {
+      store(block.grad_scores.get() + row * kWidth + kVecs * kLanes, Vec{});
+    }
     float* grad_rel_w = block.grad_rel_w.get() + (first + row) * block.w_stride;
     float* grad_rel_h = block.grad_rel_h.get() + (first + row) * block.grid.height;
     Vec sum = {};
@@ -244,7 +280,7 @@ static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first
     if (is_one_image_row) grad_rel_h[places.y[0]] += reduce_add(sum);
   }
   multiply_rows<kRows>(block.grad_scores.get(), kWidth, kGrain, key_rows, block.grid.head_dim,
-                       round_up(kVecs * kLanes, kGrain), block.ones.get(),
+                       padded_depth<O>(kVecs * kLanes), block.ones.get(),
                        block.grad_q.get() + first * block.out_stride, block.out_stride);
 }
 
@@ -252,7 +288,8 @@ static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first
 template <typename T>
 static void attend_backward(const Query<T>* queries, int64_t count, const PackedLanes<Operand<T>>& keys,
                             const PackedLanes<Operand<T>>& values, const PackedTable<Operand<T>>& table_h,
-                            const PackedTable<Operand<T>>& table_w, BackwardBlock<T>& block, const GridSums& sums) {
+                            const PackedTable<Operand<T>>& table_w, BackwardBlock<T>& block,
+                            const GridSums<Operand<T>>& sums) {
   block.load(queries, count, table_h, table_w);
   block.load_delta(queries, count);
   if (BackwardBlock<T>::kIsFloat || block.is_held) {
@@ -279,8 +316,8 @@ static void attend_backward(const Query<T>* queries, int64_t count, const Packed
       }
     });
     const int64_t lanes = places.num_vecs * kLanes, at = panel * block.kWidth * sums.stride;
-    block.add_transposed(block.packed_probabilities.get(), lanes, block.packed_grad_out.get(), sums.values + at);
-    block.add_transposed(block.packed_grad_scores.get(), lanes, block.packed_q.get(), sums.keys + at);
+    block.add_transposed(block.transposed_grad_out, block.packed_probabilities.get(), lanes, sums.values + at);
+    block.add_transposed(block.transposed_q, block.packed_grad_scores.get(), lanes, sums.keys + at);
   }
   // The scale of the scores is not that of what positions add.
   for (int64_t i = 0; i < block.rows * block.out_stride; ++i) block.grad_q.get()[i] *= block.grid.scale();
@@ -299,14 +336,14 @@ static void attend_backward(const Query<T>* queries, int64_t count, const Packed
   }
 }
 
-// to (rows, head_dim), last row first, is the sum of `count` parts (rows, sum_stride) that stand part_stride apart.
-template <typename T>
-static void sum_tables(const float* parts, int64_t count, int64_t part_stride, int64_t rows, int64_t sum_stride,
-                       int64_t head_dim, T* to) {
+// to (rows, head_dim), last row first, is the sum of `count` parts, in each of which at(row, d) tells the place.
+template <typename T, typename At>
+static void sum_parts(const float* parts, int64_t count, int64_t part_stride, int64_t rows, int64_t head_dim, T* to,
+                      const At& at) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t d = 0; d < head_dim; ++d) {
       double sum = 0;
-      for (int64_t part = 0; part < count; ++part) sum += parts[part * part_stride + row * sum_stride + d];
+      for (int64_t part = 0; part < count; ++part) sum += parts[part * part_stride + at(row, d)];
       to[(rows - 1 - row) * head_dim + d] = convert<T>(static_cast<float>(sum));
     }
   }

@@ -22,11 +22,11 @@ class ForwardBlock : public QueryBlock<T> {
     std::fill(maxima, maxima + Base::rows, 0.f);
   }
 
-  // Makes what `largest` (kRows vectors) holds the maxima of a group. What was summed before shrinks accordingly; in
+  // Makes what `largest` holds, by lanes, the maxima of a group. What was summed before shrinks accordingly; in
   // the first panel nothing was.
-  void raise_maxima(int64_t first, bool is_first_panel, const float* largest) {
-    for (int64_t row = first; row < first + kRows; ++row, largest += kLanes) {
-      const float rise = reduce_max(load(largest));
+  void raise_maxima(int64_t first, bool is_first_panel, const Vec (&largest)[kRows]) {
+    for (int64_t row = first; row < first + kRows; ++row) {
+      const float rise = reduce_max(largest[row - first]);
       if (!std::isfinite(rise) || (rise <= 0.f && !is_first_panel)) continue;
       maxima[row] += rise;
       for (int64_t y = 0; y < Base::grid.height; ++y) Base::rel_h.get()[row * Base::grid.height + y] -= rise;
@@ -45,46 +45,51 @@ class ForwardBlock : public QueryBlock<T> {
 // The maxima of a softmax rise only where a score is larger by this: larger probabilities are as accurate.
 constexpr float kHeadroom = 8.f;
 
+// kRows queries and a panel of keys: what their scores weigh is added to the sums and, times the values, to `out`.
 template <int kVecs, typename T>
 static void attend_group(ForwardBlock<T>& block, int64_t first, const Operand<T>* keys, const Operand<T>* values,
                          const Places<Operand<T>>& places, bool is_first_panel) {
   using O = Operand<T>;
   constexpr int kRows = Panel<O>::kRows;
-  Vec t[kRows][kVecs];
-  score(block, first, keys, places, t);
   const float* rel_h = block.rel_h.get() + first * block.grid.height;
-  Vec largest[kRows];
+  O* probabilities = block.probabilities.get();
+  Vec t[kRows][kVecs], largest[kRows], weights[kRows];
+  score(block, first, keys, places, t);
+  const auto with_rel_h = [&](int row, int vec) VLCORE_INLINED {
+    return t[row][vec] + rel_h[row * block.grid.height + places.y[vec]];
+  };
+  // The first panel is looked through for the maxima first. Any other is weighed by those that are known, and once
+  // more where they are too small.
+  for (int pass = is_first_panel ? 0 : 1; pass < 3; ++pass) {
+    Vec largest_of_all = broadcast(-INFINITY);
 #pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
-    largest[row] = t[row][0] + rel_h[row * block.grid.height + places.y[0]];
+    for (int row = 0; row < kRows; ++row) {
+      largest[row] = with_rel_h(row, 0);
 #pragma GCC unroll 4
-    for (int vec = 1; vec < kVecs; ++vec) {
-      largest[row] = maximum(largest[row], t[row][vec] + rel_h[row * block.grid.height + places.y[vec]]);
+      for (int vec = 1; vec < kVecs; ++vec) largest[row] = maximum(largest[row], with_rel_h(row, vec));
+      largest_of_all = maximum(largest_of_all, largest[row]);
+      if (pass == 0) continue;
+      Vec p[kVecs], sum = {};
+#pragma GCC unroll 4
+      for (int vec = 0; vec < kVecs; ++vec) {
+        p[vec] = exp_of_score<O>(with_rel_h(row, vec));
+        sum += p[vec];
+      }
+      weights[row] = sum;
+      store_operands(probabilities + row * Panel<O>::kWidth, p);
+      if constexpr (padded_depth<O>(kVecs * kLanes) > kVecs * kLanes) {
+        store(probabilities + row * Panel<O>::kWidth + kVecs * kLanes, Vec{});
+      }
     }
-  }
-  Vec largest_of_all = largest[0];
-#pragma GCC unroll 8
-  for (int row = 1; row < kRows; ++row) largest_of_all = maximum(largest_of_all, largest[row]);
-  if (is_first_panel || reduce_max(largest_of_all) > kHeadroom) {
-    float by_lane[kRows * kLanes];
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) store(by_lane + row * kLanes, largest[row]);
-    block.raise_maxima(first, is_first_panel, by_lane);
+    if (pass > 0 && !(reduce_max(largest_of_all) > kHeadroom)) break;
+    block.raise_maxima(first, is_first_panel, largest);
   }
   float* sums = block.sums.get() + first * kLanes;
 #pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
-    Vec sum = {};
-#pragma GCC unroll 4
-    for (int vec = 0; vec < kVecs; ++vec) {
-      t[row][vec] = exp_of_score<O>(t[row][vec] + rel_h[row * block.grid.height + places.y[vec]]);
-      sum += t[row][vec];
-    }
-    store(sums + row * kLanes, load(sums + row * kLanes) + sum);
-    store_operands(block.probabilities.get() + row * Panel<O>::kWidth, t[row]);
-  }
-  multiply_rows<kRows>(block.probabilities.get(), Panel<O>::kWidth, Panel<O>::kGrain, values, block.grid.head_dim,
-                       kVecs * kLanes, block.ones.get(), block.out.get() + first * block.out_stride, block.out_stride);
+  for (int row = 0; row < kRows; ++row) store(sums + row * kLanes, load(sums + row * kLanes) + weights[row]);
+  multiply_rows<kRows>(probabilities, Panel<O>::kWidth, Panel<O>::kGrain, values, block.grid.head_dim,
+                       padded_depth<O>(kVecs * kLanes), block.ones.get(), block.out.get() + first * block.out_stride,
+                       block.out_stride);
 }
 
 // Up to kBlockRows queries attend to all keys.

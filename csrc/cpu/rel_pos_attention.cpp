@@ -1,5 +1,6 @@
 #ifndef VLCORE_LEVEL
 #define VLCORE_FILE "cpu/rel_pos_attention.cpp"
+#define VLCORE_MULTIPLIES_TILES
 #include "cpu/for_each_level.h"
 
 namespace vlcore {
@@ -82,7 +83,7 @@ static void rel_pos_attention_forward(const void* q, const void* k, const void* 
         queries.push_back({q_rows.row(token), const_cast<T*>(out_rows.row(token)),
                            statistics + 2 * (head * tokens + token), token / width, token % width});
       }
-      for_blocks(queries.size(), [&](int64_t first, int64_t count) {
+      for_blocks<T>(queries.size(), [&](int64_t first, int64_t count) {
         attend(queries.data() + first, count, keys, values, table_h, table_w, block);
       });
     }
@@ -104,23 +105,25 @@ static void rel_pos_attention_backward(const void* grad_out, const void* q, cons
   const PackedTable<O> table_w(static_cast<const T*>(rel_pos_w), width, head_dim);
   const int64_t parts = tokens && num_heads ? parts_of_head(num_heads, tokens) : 0, units = num_heads * parts;
   const int64_t chunks = std::min(units, kMaxChunks);
-  const GridSums sizes(grid);
+  const GridSums<O> sizes(grid);
   const int64_t tables_size = sizes.table_h_size + sizes.table_w_size;
   std::vector<float> table_sums(chunks * tables_size);
   // The sums of a head's parts, of which each has 2 * lanes_size.
   const std::unique_ptr<float[]> part_sums(parts > 1 ? new float[units * 2 * sizes.lanes_size] : nullptr);
-  const auto write_head = [&](int64_t head, const float* sums, int64_t count) {
-    for (int64_t token = 0; token < tokens; ++token) {
-      const int64_t lane = token / width * grid.row_lanes() + token % width, row = head * tokens + token;
-      const float* from = sums + lane * sizes.stride;
-      for (int64_t d = 0; d < head_dim; ++d) {
-        float key = 0.f, value = 0.f;
-        for (int64_t part = 0; part < count; ++part) {
-          key += from[(2 * part) * sizes.lanes_size + d];
-          value += from[(2 * part + 1) * sizes.lanes_size + d];
+  // Adds the sums of a head's parts up in the first's, and writes them.
+  const auto write_head = [&](int64_t head, float* sums, int64_t count, const Scratch<float>& rows) {
+    for (int64_t part = 1; part < count; ++part) {
+      const float* more = sums + part * 2 * sizes.lanes_size;
+      for (int64_t i = 0; i < 2 * sizes.lanes_size; ++i) sums[i] += more[i];
+    }
+    for (T* grad : {static_cast<T*>(grad_k), static_cast<T*>(grad_v)}) {
+      const float scale = grad == grad_k ? grid.scale() : 1.f;
+      for (int64_t y = 0; y < height; ++y) {
+        sizes.image_row(grid, grad == grad_k ? sums : sums + sizes.lanes_size, y, rows.get());
+        for (int64_t x = 0; x < width; ++x) {
+          T* to = grad + (head * tokens + y * width + x) * head_dim;
+          for (int64_t d = 0; d < head_dim; ++d) to[d] = convert<T>(rows.get()[x * sizes.stride + d] * scale);
         }
-        static_cast<T*>(grad_k)[row * head_dim + d] = convert<T>(key * grid.scale());
-        static_cast<T*>(grad_v)[row * head_dim + d] = convert<T>(value);
       }
     }
   };
@@ -129,10 +132,10 @@ static void rel_pos_attention_backward(const void* grad_out, const void* q, cons
     PackedLanes<O> keys(grid, true, true), values(grid, true, false);
     BackwardBlock<T> block(grid);
     std::vector<Query<T> > queries;
-    const Scratch<float> own_sums(parts > 1 ? 0 : 2 * sizes.lanes_size);
+    const Scratch<float> own_sums(parts > 1 ? 0 : 2 * sizes.lanes_size), rows(grid.row_lanes() * sizes.stride);
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      GridSums sums = sizes;
+      GridSums<O> sums = sizes;
       sums.table_h = table_sums.data() + chunk * tables_size;
       sums.table_w = sums.table_h + sizes.table_h_size;
       for (int64_t unit = cut(units, chunks, chunk); unit < cut(units, chunks, chunk + 1); ++unit) {
@@ -151,21 +154,21 @@ static void rel_pos_attention_backward(const void* grad_out, const void* q, cons
                              const_cast<float*>(statistics) + 2 * row, token / width, token % width,
                              grad_rows.row(token), static_cast<T*>(grad_q) + row * head_dim});
         }
-        for_blocks(queries.size(), [&](int64_t first, int64_t count) {
+        for_blocks<T>(queries.size(), [&](int64_t first, int64_t count) {
           attend_backward(queries.data() + first, count, keys, values, table_h, table_w, block, sums);
         });
-        if (parts == 1) write_head(head, sums.keys, 1);
+        if (parts == 1) write_head(head, sums.keys, 1, rows);
       }
     }
 #pragma omp for
     for (int64_t head = 0; head < (parts > 1 ? num_heads : 0); ++head) {
-      write_head(head, part_sums.get() + head * parts * 2 * sizes.lanes_size, parts);
+      write_head(head, part_sums.get() + head * parts * 2 * sizes.lanes_size, parts, rows);
     }
   }
-  sum_tables(table_sums.data(), chunks, tables_size, 2 * height - 1, sizes.stride, head_dim,
-             static_cast<T*>(grad_rel_pos_h));
-  sum_tables(table_sums.data() + sizes.table_h_size, chunks, tables_size, 2 * width - 1, sizes.stride, head_dim,
-             static_cast<T*>(grad_rel_pos_w));
+  const auto at = [&](int64_t row, int64_t d) { return sizes.at(row, d); };
+  sum_parts(table_sums.data(), chunks, tables_size, 2 * height - 1, head_dim, static_cast<T*>(grad_rel_pos_h), at);
+  sum_parts(table_sums.data() + sizes.table_h_size, chunks, tables_size, 2 * width - 1, head_dim,
+            static_cast<T*>(grad_rel_pos_w), at);
 }
 
 }  // namespace vlcore::VLCORE_LEVEL

@@ -9,7 +9,7 @@ namespace vlcore::VLCORE_LEVEL {
 constexpr int64_t kBlockKeys = 96;
 constexpr int64_t kBlockQueries = 64;
 // Where a product is added to what is there.
-constexpr float kOnes[] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
+constexpr float kOnes[] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
 
 // The tensors of a backward besides those of the call.
 template <typename T>
@@ -41,7 +41,7 @@ class BackwardScratch {
         query_rows(blocks(longest_queries) * rows_size),
         grad_rows(blocks(longest_queries) * rows_size),
         probabilities(Panel<O>::kRows * kBlockQueries),
-        grad_scores((kBlockKeys + 1) * kBlockQueries),
+        grad_scores(kBlockKeys * kBlockQueries),
         grad_scores_packed(kBlockKeys * kBlockQueries),
         lse(blocks(longest_queries) * kBlockQueries),
         products(blocks(longest_queries) * kBlockQueries),
@@ -59,26 +59,51 @@ class BackwardScratch {
       probabilities, grad_scores, grad_scores_packed;
   // lse and D of each query.
   const Scratch<float> lse, products, scores, grad_probabilities, grad_keys, grad_values, grad_queries, row;
+  const TileUnit tile_unit;
 };
 
-// sums[c] = the product of column c of two panels, added up in the order of multiply_panel: a query that sees one key,
-// whose output is that key's value, then gets no gradient at all, as it should.
-template <typename O>
-static void products_of_columns(const O* a, const O* b, int64_t depth, float* sums) {
+// kBlockQueries rows as panels of columns.
+template <typename T>
+static void columns_of_block(const BackwardScratch<T>& scratch, Operand<T>* columns) {
+  for (int64_t first = 0; first < kBlockQueries; first += Panel<Operand<T>>::kWidth) {
+    panel_of_columns(scratch.rows.get() + first * scratch.stride, scratch.stride, scratch.depth,
+                     columns + first * scratch.depth);
+  }
+}
+
+// The product of each of kBlockQueries rows with its column of `columns`, added up in the order of multiply_panel: a
+// query that sees one key, whose output is that key's value, then gets no gradient at all, as it should. `spare` has
+// room for the rows as columns.
+template <typename T>
+static void products_with_columns(const BackwardScratch<T>& scratch, const Operand<T>* columns, Operand<T>* spare,
+                                  float* products) {
+  using O = Operand<T>;
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
-  for (int vec = 0; vec < kWidth; vec += kLanes) {
+  if constexpr (kInTiles<O>) {
+    for (int64_t first = 0; first < kBlockQueries; first += kLanes) {
+      Vec square[Panel<O>::kRows][1];
+      multiply_in_registers(scratch.rows.get() + first * scratch.stride, scratch.stride, kGrain,
+                            columns + first / kWidth * kWidth * scratch.depth + first % kWidth * kGrain, scratch.depth,
+                            square);
+      for (int64_t row = 0; row < kLanes; ++row) products[first + row] = square[row][0][row];
+    }
+    return;
+  }
+  columns_of_block(scratch, spare);
+  for (int64_t first = 0; first < kBlockQueries; first += kLanes) {
+    const int64_t panel = first / kWidth * kWidth * scratch.depth;
     Vec sum = {};
-    for (int64_t at = vec * kGrain; at < depth * kWidth; at += kWidth * kGrain) {
+    for (int64_t at = panel + first % kWidth * kGrain; at < panel + scratch.depth * kWidth; at += kWidth * kGrain) {
       if constexpr (std::is_same_v<O, float>) {
-        sum += load(a + at) * load(b + at);
+        sum += load(spare + at) * load(columns + at);
       } else {
 #if defined(VLCORE_BF16_DOT)
-        sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a + at),
-                                    (__m512bh)_mm512_loadu_si512(b + at));
+        sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(spare + at),
+                                    (__m512bh)_mm512_loadu_si512(columns + at));
 #endif
       }
     }
-    store(sums + vec, sum);
+    store(products + first, sum);
   }
 }
 
@@ -90,7 +115,7 @@ static void prepare_keys(const Rows<T>& rows, const Sequence& at, int64_t head, 
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
   rows.fetch(rows.call.k, at.row, at.first_key + first, at.first_key + first + count, head);
   rows.keys(at, head, first, count, scratch.keys.get());
-  rows.clear(count, count + 1, scratch.keys.get());
+  rows.clear(count, std::max(count + 1, padded_depth<O>(count)), scratch.keys.get());
   rows.fetch(rows.call.v, at.row, at.first_key + first, at.first_key + first + count, head);
   rows.plain(rows.call.v, at.row, at.first_key + first, head, count, scratch.values.get());
   const Scratch<O> pairs(kLanes * kGrain * kWidth);
@@ -101,15 +126,6 @@ static void prepare_keys(const Rows<T>& rows, const Sequence& at, int64_t head, 
       transpose_units(pairs.get(), kWidth, std::min<int64_t>(kWidth, rows.call.head_dim - col),
                       scratch.keys_transposed.get() + col * scratch.keys_stride + key, scratch.keys_stride / kGrain);
     }
-  }
-}
-
-// kBlockQueries rows as panels of columns.
-template <typename T>
-static void columns_of_block(const BackwardScratch<T>& scratch, Operand<T>* columns) {
-  for (int64_t first = 0; first < kBlockQueries; first += Panel<Operand<T>>::kWidth) {
-    panel_of_columns(scratch.rows.get() + first * scratch.stride, scratch.stride, scratch.depth,
-                     columns + first * scratch.depth);
   }
 }
 
@@ -130,17 +146,12 @@ static void prepare_queries(const Rows<T>& rows, const Gradients<T>& gradients, 
       rows.fetch(tensor, at.row, token + count, at.first_query + std::min(at.queries, first + 2 * kBlockQueries), head);
     }
     rows.clear(count, kBlockQueries, from);
-    // The columns of out stand where those of the queries will.
-    rows.plain(out, at.row, token, head, count, from);
-    columns_of_block(scratch, query_columns);
     rows.plain(grad_out, at.row, token, head, count, from);
     columns_of_block(scratch, grad_columns);
     panels_of_rows(from, scratch.stride, kBlockQueries, dim, scratch.grad_rows.get() + block * scratch.rows_size,
                    kBlockQueries * kWidth);
-    for (int64_t col = 0; col < kBlockQueries; col += kWidth) {
-      products_of_columns(query_columns + col * scratch.depth, grad_columns + col * scratch.depth, scratch.depth,
-                          scratch.products.get() + first + col);
-    }
+    rows.plain(out, at.row, token, head, count, from);
+    products_with_columns(scratch, grad_columns, query_columns, scratch.products.get() + first);
     rows.queries(at, head, first, count, from);
     columns_of_block(scratch, query_columns);
     panels_of_rows(from, scratch.stride, kBlockQueries, dim, scratch.query_rows.get() + block * scratch.rows_size,
@@ -187,8 +198,12 @@ static void meet_keys(int64_t block, int64_t key, int64_t count, int64_t begin, 
                      scratch.products.get() + first, begin + row, scaling, scratch.probabilities.get() + at,
                      grad_scores + at);
   }
+  // Whole tiles of keys are added to, beyond the last one by zeros.
+  for (O* rows : {scratch.probabilities.get(), grad_scores}) {
+    if (kInTiles<O>) std::fill(rows + count * kBlockQueries, rows + Panel<O>::kRows * kBlockQueries, O(0.f));
+  }
   // Queries before the first that sees one of these keys add nothing.
-  const int64_t skipped = std::max<int64_t>(begin, 0) / Panel<O>::kGrain * Panel<O>::kGrain;
+  const int64_t skipped = std::max<int64_t>(begin, 0) / Panel<O>::kDepth * Panel<O>::kDepth;
   const int64_t panels = block * scratch.rows_size + skipped * kWidth, depth = kBlockQueries - skipped;
   multiply_panels(scratch.probabilities.get() + skipped, kBlockQueries, scratch.grad_rows.get() + panels,
                   kBlockQueries * kWidth, count, head_dim, depth, kOnes,
@@ -210,13 +225,14 @@ static void meet(int64_t block, int64_t key, int64_t count, int64_t begin, int64
     meet_keys(block, key + row, std::min(kRows, count - row), begin + row, head_dim, scaling, scratch,
               grad_scores + row * kBlockQueries);
   }
-  std::memset(static_cast<void*>(grad_scores + count * kBlockQueries), 0, kBlockQueries * sizeof(O));
+  const int64_t depth = padded_depth<O>(count);
+  std::fill(grad_scores + count * kBlockQueries, grad_scores + depth * kBlockQueries, O(0.f));
   O* packed = scratch.grad_scores_packed.get();
-  panels_of_rows(grad_scores, kBlockQueries, count, kBlockQueries, packed, padded_depth<O>(count) * Panel<O>::kWidth);
+  panels_of_rows(grad_scores, kBlockQueries, depth, kBlockQueries, packed, depth * Panel<O>::kWidth);
   float* grad_queries = scratch.grad_queries.get() + block * round_up(head_dim, kLanes) * kBlockQueries;
   for (int64_t d = 0; d < head_dim; d += kRows) {
     multiply(scratch.keys_transposed.get() + d * scratch.keys_stride + key, scratch.keys_stride, packed,
-             std::min(kRows, head_dim - d), kBlockQueries, padded_depth<O>(count), kOnes,
+             std::min(kRows, head_dim - d), kBlockQueries, depth, kOnes,
              grad_queries + d * kBlockQueries, kBlockQueries);
   }
 }

@@ -45,6 +45,7 @@ class ForwardScratch {
   const int64_t stride, depth;
   const Scratch<O> rows, keys, values, probabilities;
   const Scratch<float> scores, out;
+  const TileUnit tile_unit;
 };
 
 template <typename T>
@@ -60,13 +61,13 @@ static void pack_keys_and_values(const Rows<T>& rows, const Sequence& at, int64_
   fetch(0);
   for (int64_t first = 0; first < count; first += kWidth) {
     fetch(first + kWidth);
-    const int64_t present = std::min(kWidth, count - first);
+    const int64_t present = std::min(kWidth, count - first), depth = padded_depth<O>(present);
     rows.keys(at, head, first, present, scratch.rows.get());
     rows.clear(present, kWidth, scratch.rows.get());
     panel_of_columns(scratch.rows.get(), scratch.stride, scratch.depth, scratch.keys.get() + first * scratch.depth);
     rows.plain(rows.call.v, at.row, at.first_key + first, head, present, scratch.rows.get());
-    rows.clear(present, std::min(present + 1, kWidth), scratch.rows.get());
-    panels_of_rows(scratch.rows.get(), scratch.stride, present, rows.call.head_dim,
+    rows.clear(present, depth, scratch.rows.get());
+    panels_of_rows(scratch.rows.get(), scratch.stride, depth, rows.call.head_dim,
                    scratch.values.get() + first * kWidth, padded_depth<O>(count) * kWidth);
   }
 }
@@ -93,6 +94,7 @@ static void attend_tile(const QueryRows& queries, int64_t first_key, int64_t all
            scratch.keys.get() + first_key * scratch.depth, queries.count, keys, scratch.depth, nullptr, scores,
            kTileKeys);
   float shrinks[Panel<O>::kRows];
+  std::fill(shrinks + queries.count, shrinks + Panel<O>::kRows, 1.f);
   for (int64_t row = 0; row < queries.count; ++row) {
     const int64_t seen = std::min(keys, std::max<int64_t>(queries.seen(row) - first_key, 0));
     std::fill(scores + row * kTileKeys + seen, scores + row * kTileKeys + cols, -INFINITY);

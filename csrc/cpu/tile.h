@@ -2,7 +2,8 @@
 //
 // C (rows, cols) = A (rows, depth) B (depth, cols). A is row-major. B is packed: panels of Panel<T>::kWidth columns,
 // each (depth, kWidth), or with bfloat16's dot product (depth / 2, kWidth, 2). Packing pads with zeros to whole panels
-// and, for bfloat16, to an even depth, so that nothing here needs a mask; A and C are scratch with rows as long.
+// and to a multiple of Panel<T>::kDepth, so that nothing here needs a mask; A and C are scratch with rows as long, and
+// where whole tiles are multiplied with a multiple of kRows of them.
 namespace vlcore::VLCORE_LEVEL {
 
 // What matrix products are computed in for tensors of T: bfloat16 where the level multiplies it, float elsewhere.
@@ -14,20 +15,29 @@ template <typename T>
 using Operand = float;
 #endif
 
+#if defined(VLCORE_AMX)
+template <typename O>
+constexpr bool kInTiles = std::is_same_v<O, bfloat16>;
+#else
+template <typename O>
+constexpr bool kInTiles = false;
+#endif
+
 template <typename O>
 struct Panel {
   static constexpr int kVecs = kLanes == 16 ? 4 : 2;
   static constexpr int kWidth = kVecs * kLanes;
-  static constexpr int kRows = kLanes == 16 ? 6 : kLanes == 8 ? 6 : 4;
-  // How many steps of the depth are multiplied at once.
+  static constexpr int kRows = kInTiles<O> ? 16 : kLanes == 4 ? 4 : 6;
+  // How many steps of the depth stand side by side in a panel, and what all depths are a multiple of.
   static constexpr int kGrain = std::is_same_v<O, bfloat16> ? 2 : 1;
+  static constexpr int kDepth = kInTiles<O> ? 32 : kGrain;
 };
 
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 template <typename O>
 constexpr int64_t padded_depth(int64_t depth) {
-  return round_up(depth, Panel<O>::kGrain);
+  return round_up(depth, Panel<O>::kDepth);
 }
 
 template <typename O>
@@ -57,8 +67,8 @@ static void pack_rows(const Row& row, int64_t depth, int64_t cols, O* to) {
   for (int64_t first = 0; first < cols; first += kWidth) {
     const int64_t width = std::min<int64_t>(kWidth, cols - first);
     for (int64_t d = 0; d < padded_depth<O>(depth); d += kGrain, to += kWidth * kGrain) {
-      const auto *even = row(d), *odd = even;
-      if constexpr (kGrain == 2) odd = d + 1 < depth ? row(d + 1) : nullptr;
+      const auto* even = d < depth ? row(d) : nullptr;
+      const auto* odd = kGrain == 2 && d + 1 < depth ? row(d + 1) : nullptr;
       std::memset(static_cast<void*>(to), 0, kWidth * kGrain * sizeof(O));
       if (kGrain == 2 && even && odd) {
 #pragma GCC ivdep
@@ -111,6 +121,12 @@ template <int kRows, int kVecs, typename O>
 VLCORE_INLINE void multiply_in_registers(const O* a, int64_t a_stride, int64_t a_step, const O* panel, int64_t depth,
                                          Vec (&sums)[kRows][kVecs]) {
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
+#if defined(VLCORE_AMX)
+  if constexpr (kInTiles<O>) {
+    return multiply_tiles<kVecs, kWidth>(a, a_stride, panel, depth, false, reinterpret_cast<float*>(sums),
+                                         kVecs * kLanes);
+  }
+#endif
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
@@ -149,11 +165,29 @@ VLCORE_INLINE void multiply_in_registers(const O* a, int64_t a_stride, int64_t a
   }
 }
 
+// C = start * C, row by row.
+template <int kRows, int kVecs>
+VLCORE_INLINE void scale_rows(const float* start, float* c, int64_t c_stride) {
+  for (int row = 0; row < kRows; ++row) {
+    if (start[row] == 1.f) continue;
+    for (int vec = 0; vec < kVecs; ++vec) {
+      float* to = c + row * c_stride + vec * kLanes;
+      store(to, load(to) * start[row]);
+    }
+  }
+}
+
 // kRows rows of C and kVecs vectors of columns: C = start * C + A B, where `start` has a factor for each row; null
 // stands for 0. A B is summed by itself first: the errors of long sums in float32 grow with what they begin from.
 template <int kRows, int kVecs, typename O>
 VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, int64_t a_step, const O* panel, int64_t depth,
                                   const float* start, float* c, int64_t c_stride) {
+#if defined(VLCORE_AMX)
+  if constexpr (kInTiles<O>) {
+    if (start) scale_rows<kRows, kVecs>(start, c, c_stride);
+    return multiply_tiles<kVecs, Panel<O>::kWidth>(a, a_stride, panel, depth, start, c, c_stride);
+  }
+#endif
   Vec sums[kRows][kVecs];
   multiply_in_registers(a, a_stride, a_step, panel, depth, sums);
 #pragma GCC unroll 8
@@ -189,6 +223,9 @@ static void multiply_rows(const O* a, int64_t a_stride, int64_t a_step, const O*
 template <typename O>
 static void multiply(const O* a, int64_t a_stride, const O* packed, int64_t rows, int64_t cols, int64_t depth,
                      const float* start, float* c, int64_t c_stride, int64_t a_step = Panel<O>::kGrain) {
+  if constexpr (kInTiles<O>) {
+    return multiply_rows<Panel<O>::kRows>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+  }
   switch (rows) {
     case 6:
       return multiply_rows<6>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);

@@ -1,5 +1,6 @@
 #ifndef VLCORE_LEVEL
 #define VLCORE_FILE "cpu/window_attention.cpp"
+#define VLCORE_MULTIPLIES_TILES
 #include "cpu/for_each_level.h"
 
 namespace vlcore {
@@ -111,7 +112,7 @@ static void window_attention_forward(const void* qkv, const void* qkv_bias, cons
       keys.pack(window.by_lane(from, bias, 1));
       values.pack(window.by_lane(from, bias, 2));
       real_queries<T>(window, from, static_cast<T*>(out), statistics, nullptr, nullptr, queries);
-      for_blocks(queries.size(), [&](int64_t first, int64_t count) {
+      for_blocks<T>(queries.size(), [&](int64_t first, int64_t count) {
         attend(queries.data() + first, count, keys, values, table_h, table_w, block);
       });
     }
@@ -120,19 +121,23 @@ static void window_attention_forward(const void* qkv, const void* qkv_bias, cons
 
 // Gradients of a window's keys and values: written to the map's, and added to the bias' (3, heads, head_dim).
 template <typename T>
-static void write_keys_and_values(const Window& window, const GridSums& sums, T* grad_qkv, float* grad_bias) {
+static void write_keys_and_values(const Window& window, const GridSums<Operand<T>>& sums, const Scratch<float>& rows,
+                                  T* grad_qkv, float* grad_bias) {
   const Grid grid = window.all.grid();
   for (int which = 1; which <= 2; ++which) {
     const float scale = which == 1 ? grid.scale() : 1.f;
-    for (int64_t token = 0; token < grid.tokens(); ++token) {
-      const int64_t y = token / grid.width, x = token % grid.width, place = window.place(y, x);
-      const float* from = (which == 1 ? sums.keys : sums.values) + (y * grid.row_lanes() + x) * sums.stride;
-      if (place >= 0) {
-        T* to = window.row<T>(grad_qkv, nullptr, which, place);
-        for (int64_t d = 0; d < grid.head_dim; ++d) to[d] = convert<T>(from[d] * scale);
-      } else {
-        float* to = window.row<float>(nullptr, grad_bias, which, place);
-        for (int64_t d = 0; d < grid.head_dim; ++d) to[d] += from[d] * scale;
+    for (int64_t y = 0; y < grid.height; ++y) {
+      sums.image_row(grid, which == 1 ? sums.keys : sums.values, y, rows.get());
+      for (int64_t x = 0; x < grid.width; ++x) {
+        const int64_t place = window.place(y, x);
+        const float* from = rows.get() + x * sums.stride;
+        if (place >= 0) {
+          T* to = window.row<T>(grad_qkv, nullptr, which, place);
+          for (int64_t d = 0; d < grid.head_dim; ++d) to[d] = convert<T>(from[d] * scale);
+        } else {
+          float* to = window.row<float>(nullptr, grad_bias, which, place);
+          for (int64_t d = 0; d < grid.head_dim; ++d) to[d] += from[d] * scale;
+        }
       }
     }
   }
@@ -151,7 +156,7 @@ static void window_attention_backward(const void* grad_out, const void* qkv, con
   const PackedTable<O> table_w(static_cast<const T*>(rel_pos_w), window_size, head_dim);
   const T *from = static_cast<const T*>(qkv), *bias = static_cast<const T*>(qkv_bias);
   const int64_t chunks = std::min(windows.units(), kMaxChunks);
-  const GridSums sizes(grid);
+  const GridSums<O> sizes(grid);
   // Of each chunk: the sums of both tables, and of the bias.
   const int64_t bias_at = sizes.table_h_size + sizes.table_w_size, bias_size = 3 * windows.channels();
   std::vector<float> chunk_sums(chunks * (bias_at + bias_size));
@@ -160,8 +165,8 @@ static void window_attention_backward(const void* grad_out, const void* qkv, con
     PackedLanes<O> keys(grid, true, true), values(grid, true, false);
     BackwardBlock<T> block(grid);
     std::vector<Query<T> > queries;
-    const Scratch<float> lanes(2 * sizes.lanes_size);
-    GridSums sums = sizes;
+    const Scratch<float> lanes(2 * sizes.lanes_size), rows(grid.row_lanes() * sizes.stride);
+    GridSums<O> sums = sizes;
     sums.keys = lanes.get();
     sums.values = sums.keys + sizes.lanes_size;
 #pragma omp for schedule(dynamic)
@@ -175,19 +180,20 @@ static void window_attention_backward(const void* grad_out, const void* qkv, con
         std::memset(sums.keys, 0, 2 * sizes.lanes_size * sizeof(float));
         real_queries<T>(window, from, static_cast<T*>(const_cast<void*>(out)), const_cast<float*>(statistics),
                         static_cast<const T*>(grad_out), static_cast<T*>(grad_qkv), queries);
-        for_blocks(queries.size(), [&](int64_t first, int64_t count) {
+        for_blocks<T>(queries.size(), [&](int64_t first, int64_t count) {
           attend_backward(queries.data() + first, count, keys, values, table_h, table_w, block, sums);
         });
-        write_keys_and_values(window, sums, static_cast<T*>(grad_qkv), sums.table_h + bias_at);
+        write_keys_and_values(window, sums, rows, static_cast<T*>(grad_qkv), sums.table_h + bias_at);
       }
     }
   }
   const int64_t num_offsets = 2 * window_size - 1, chunk_size = bias_at + bias_size;
-  sum_tables(chunk_sums.data(), chunks, chunk_size, num_offsets, sizes.stride, head_dim,
-             static_cast<T*>(grad_rel_pos_h));
-  sum_tables(chunk_sums.data() + sizes.table_h_size, chunks, chunk_size, num_offsets, sizes.stride, head_dim,
-             static_cast<T*>(grad_rel_pos_w));
-  sum_tables(chunk_sums.data() + bias_at, chunks, chunk_size, 1, bias_size, bias_size, static_cast<T*>(grad_qkv_bias));
+  const auto at = [&](int64_t row, int64_t d) { return sizes.at(row, d); };
+  sum_parts(chunk_sums.data(), chunks, chunk_size, num_offsets, head_dim, static_cast<T*>(grad_rel_pos_h), at);
+  sum_parts(chunk_sums.data() + sizes.table_h_size, chunks, chunk_size, num_offsets, head_dim,
+            static_cast<T*>(grad_rel_pos_w), at);
+  sum_parts(chunk_sums.data() + bias_at, chunks, chunk_size, 1, bias_size, static_cast<T*>(grad_qkv_bias),
+            [](int64_t, int64_t channel) { return channel; });
 }
 
 }  // namespace vlcore::VLCORE_LEVEL

@@ -202,17 +202,8 @@ def cpp_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
     return native.cpp_refusals(q) + ["it reads cu_seqlens on the CPU only"] * elsewhere
 
 
-def torch_multiplies_faster(q: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether torch's own attention has instructions for whole tiles (AMX), with which it is up to four times as fast;
-    not so of packed sequences, which it has no kernel for."""
-    return native.multiplies_tiles and q.dtype == torch.bfloat16 and cu_seqlens is None
-
-
 def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
-    """Where torch has no instructions that ours lack, and a call is not over before it has begun: torch's own attention
-    costs less to call."""
-    if torch_multiplies_faster(q, cu_seqlens):
-        return False
+    """Where a call is not over before it has begun: torch's own attention costs less to call."""
     least = 1 << 22 if q.dtype == torch.float32 else 1 << 18
     return q.numel() * k.shape[1] >= least
 

@@ -121,7 +121,7 @@ def _cpp_worthwhile(x, weight, bias, residual=None, activation=None) -> bool:
     recorded = needs_gradient(x, weight, bias, residual)
     if num_rows(x) <= MAX_ROWS:
         return weight.is_contiguous() and not recorded
-    if native.level < _BLOCKED_LEVEL or native.multiplies_tiles:
+    if native.level != _BLOCKED_LEVEL:
         return False
     return not recorded or num_rows(x) * weight.shape[0] * weight.shape[1] >= _BLOCKED_WORK
 

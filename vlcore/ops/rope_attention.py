@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops.apply_rope import KERNELS as ROTATING
 from vlcore.ops.apply_rope import apply_rope, check_positions, rope_tables, rotate
 from vlcore.ops.attention import (
     attention_reference,
@@ -19,7 +18,6 @@ from vlcore.ops.attention import (
     fake_forward,
     may_split,
     sequence_lengths,
-    torch_multiplies_faster,
     triton_bounds,
     triton_refusals,
 )
@@ -79,18 +77,10 @@ def rope_attention(
     check_positions("rope_attention", positions, "k", k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, positions, theta, causal, cu_seqlens, scale)
-    chosen = choose("rope_attention", KERNELS, backend, *arguments)
-    if chosen != TORCH or not may_split(cu_seqlens):
-        return apply(RopeAttention, *arguments, chosen)
-    if choose("apply_rope", ROTATING, backend, k, positions, theta) == TORCH:
+    backend = choose("rope_attention", KERNELS, backend, *arguments)
+    if backend == TORCH and may_split(cu_seqlens):
         return rope_attention_reference(*arguments)
-    q, k = _rotated(q, k, positions, theta)
-    return attention_reference(q, k, v, causal, cu_seqlens, scale, "rope_attention")
-
-
-def _rotated(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    """Both, by the kernel that is best at it."""
-    return apply_rope(q, positions[:, k.shape[1] - q.shape[1] :], theta), apply_rope(k, positions, theta)
+    return apply(RopeAttention, *arguments, backend)
 
 
 class RopeAttention(torch.autograd.Function):
@@ -113,11 +103,6 @@ class RopeAttention(torch.autograd.Function):
 
 def _cpp_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> list[str]:
     return cpp_refusals(q, k, v, causal, cu_seqlens, scale)
-
-
-def _cpp_worthwhile(q, k, v, positions, theta, causal, cu_seqlens, scale) -> bool:
-    """Of few tokens, three calls in place of one would cost more than torch gains."""
-    return not torch_multiplies_faster(q, cu_seqlens) or q.numel() * k.shape[1] < 1 << 24
 
 
 def _cpp_forward(q, k, v, positions, cu_seqlens, theta, causal, scale) -> tuple[Tensor, Tensor]:
@@ -150,7 +135,8 @@ def _attend_with_xformers(q, k, v, positions, cu_seqlens, theta, causal, scale) 
     from xformers.ops import fmha
 
     (batch, num_queries, heads, head_dim), (num_keys, kv_heads) = q.shape, k.shape[1:3]
-    q, k = _rotated(q, k, positions, theta)
+    q = apply_rope(q, positions[:, num_keys - num_queries :], theta)
+    k = apply_rope(k, positions, theta)
     bias = None
     if cu_seqlens is not None:
         lengths = sequence_lengths("rope_attention", cu_seqlens, num_queries)
@@ -193,7 +179,7 @@ def _xformers_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> 
 # better on a GPU is not measured yet: where it does, `worthwhile` says so and "auto" takes it.
 KERNELS = {
     "triton": Kernel(_triton_forward, _triton_backward, _triton_refusals, launch.worthwhile),
-    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals),
     "xformers": Kernel(_xformers_forward, _xformers_backward, _xformers_refusals, lambda *arguments: False),
 }
 
