@@ -7,8 +7,9 @@
 
 namespace vlcore::VLCORE_LEVEL {
 
-// Queries that are computed together; a multiple of every level's kRows.
-constexpr int64_t kBlockRows = 96;
+// Queries that are computed together; a multiple of the level's kRows. Tiles are so fast that the sums of keys and
+// values, which a block's backward goes through, would be what is waited for: theirs are larger.
+constexpr int64_t kBlockRows = kInTiles<bfloat16> ? 192 : 96;
 
 struct Grid {
   int64_t height, width, head_dim;
@@ -73,31 +74,43 @@ class PackedLanes {
  public:
   PackedLanes(const Grid& grid, bool has_columns, bool has_rows)
       : num_panels((grid.lanes() + kWidth - 1) / kWidth),
+        rows_size(padded_depth<O>(grid.lanes()) * kWidth),
         depth_(grid.head_dim),
+        stride_(padded_cols<O>(depth_)),
+        panel_(kWidth * stride_),
         columns_(has_columns ? num_panels * packed_size<O>(depth_, kWidth) : 0),
-        rows_(has_rows ? num_panels * packed_size<O>(kWidth, depth_) : 0),
+        rows_(has_rows ? packed_size<O>(grid.lanes(), depth_) : 0),
         has_columns_(has_columns),
         has_rows_(has_rows) {}
 
   template <typename T>
   void pack(const std::vector<const T*>& rows) {
     const int64_t lanes = rows.size();
-    if (has_columns_) pack_columns([&](int64_t lane) { return rows[lane]; }, depth_, lanes, columns_.get());
-    for (int64_t panel = 0; has_rows_ && panel < num_panels; ++panel) {
-      const auto row = [&, first = panel * kWidth](int64_t lane) { return rows[first + lane]; };
-      pack_rows(row, std::min(kWidth, lanes - panel * kWidth), depth_,
-                rows_.get() + panel * packed_size<O>(kWidth, depth_));
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
+        const T* from = panel * kWidth + lane < lanes ? rows[panel * kWidth + lane] : nullptr;
+        O* to = panel_.get() + lane * stride_;
+        for (int64_t d = 0; d < depth_; ++d) to[d] = from ? convert<O>(from[d]) : O(0.f);
+      }
+      if (has_columns_) {
+        panel_of_columns(panel_.get(), stride_, depth_, columns_.get() + panel * packed_size<O>(depth_, kWidth));
+      }
+      if (has_rows_) {
+        const int64_t first = panel * kWidth, present = std::min(kWidth, padded_depth<O>(lanes) - first);
+        panels_of_rows(panel_.get(), stride_, present, depth_, rows_.get() + first * kWidth, rows_size);
+      }
     }
   }
   const O* columns(int64_t panel) const { return columns_.get() + panel * packed_size<O>(depth_, kWidth); }
-  const O* rows(int64_t panel) const { return rows_.get() + panel * packed_size<O>(kWidth, depth_); }
+  // Those of one panel of head_dim's columns, from a lane on; the next panel's stand rows_size behind.
+  const O* rows(int64_t lane) const { return rows_.get() + lane * kWidth; }
 
   static constexpr int64_t kWidth = Panel<O>::kWidth;
-  const int64_t num_panels;
+  const int64_t num_panels, rows_size;
 
  private:
-  const int64_t depth_;
-  const Scratch<O> columns_, rows_;
+  const int64_t depth_, stride_;
+  const Scratch<O> panel_, columns_, rows_;
   const bool has_columns_, has_rows_;
 };
 
@@ -205,22 +218,36 @@ VLCORE_INLINE void for_num_vecs(const Places<O>& places, const Run& run) {
   }
 }
 
-// Scores of kRows queries and kVecs vectors of keys, times kLogUnit and less rel_h.
+// The products of kRows queries and kVecs vectors of keys.
 template <int kVecs, typename T, int kRows>
-VLCORE_INLINE void score(const QueryBlock<T>& block, int64_t first, const Operand<T>* keys,
-                         const Places<Operand<T>>& places, Vec (&t)[kRows][kVecs]) {
+VLCORE_INLINE void multiply_keys(const QueryBlock<T>& block, int64_t first, const Operand<T>* keys,
+                                 Vec (&products)[kRows][kVecs]) {
   multiply_in_registers(block.q.get() + first * block.q_stride, block.q_stride, Panel<Operand<T>>::kGrain, keys,
-                        block.q_stride, t);
-  const float* rel_w = block.rel_w.get() + first * block.w_stride;
-  const float scale = block.grid.scale() * kLogUnit<Operand<T>>;
-#pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-    for (int vec = 0; vec < kVecs; ++vec) {
-      t[row][vec] = t[row][vec] * scale + load(rel_w + row * block.w_stride + places.x[vec]);
-    }
-  }
+                        block.q_stride, products);
 }
+
+// What products become: scores, times kLogUnit.
+template <typename T>
+struct Scores {
+  using O = Operand<T>;
+
+  Scores(const QueryBlock<T>& block, int64_t first, const Places<O>& places)
+      : rel_h(block.rel_h.get() + first * block.grid.height),
+        rel_w(block.rel_w.get() + first * block.w_stride),
+        height(block.grid.height),
+        w_stride(block.w_stride),
+        scale(block.grid.scale() * kLogUnit<O>),
+        places(places) {}
+
+  VLCORE_INLINED Vec operator()(Vec product, int64_t row, int vec) const {
+    return product * scale + load(rel_w + row * w_stride + places.x[vec]) + rel_h[row * height + places.y[vec]];
+  }
+
+  const float *const rel_h, *const rel_w;
+  const int64_t height, w_stride;
+  const float scale;
+  const Places<O>& places;
+};
 
 // exp of a score as far as an operand of a product holds it: bfloat16 rounds by 2^-9, this errs by 2^-13.
 template <typename O>

@@ -82,7 +82,8 @@ class BackwardBlock : public QueryBlock<T> {
         offsets_(kBlockRows * offsets_stride_),
         packed_offsets_(packed_size<O>(kBlockRows, offsets_stride_)),
         packed_rows_(packed_size<O>(kBlockRows, grid.head_dim)),
-        packed_out_(packed_size<O>(grid.head_dim, kRows)) {}
+        rows_of_out_(kLanes * round_up(Base::q_stride, kWidth)),
+        packed_out_(packed_size<O>(grid.head_dim, kLanes)) {}
 
   void load(const Query<T>* queries, int64_t count, const PackedTable<O>& table_h, const PackedTable<O>& table_w) {
     Base::load_queries(queries, count, table_h, table_w);
@@ -114,13 +115,22 @@ class BackwardBlock : public QueryBlock<T> {
   // many keys have one value they must too, and the rounding of `out` would be seen: delta_group corrects it, in
   // bfloat16 only where that costs no product.
   void load_delta(const Query<T>* queries, int64_t count) {
-    for (int64_t first = 0; first < count; first += kRows) {
-      const auto out = [&](int64_t row) { return first + row < count ? queries[first + row].out : nullptr; };
-      pack_columns(out, Base::grid.head_dim, kRows, packed_out_.get());
-      float products[kRows * kWidth];
-      multiply_rows<kRows>(grad_out.get() + first * Base::q_stride, Base::q_stride, Panel<O>::kGrain, packed_out_.get(),
-                           kRows, Base::q_stride, nullptr, products, kWidth);
-      for (int row = 0; row < kRows; ++row) delta.get()[first + row] = products[row * kWidth + row];
+    const int64_t dim = Base::grid.head_dim, stride = Base::q_stride;
+    for (int64_t first = 0; first < count; first += kLanes) {
+      const int64_t end = std::min(first + kLanes, Base::rows);
+      for (int64_t row = first; row < end; ++row) {
+        O* to = rows_of_out_.get() + (row - first) * stride;
+        for (int64_t d = 0; row < count && d < dim; ++d) to[d] = convert<O>(queries[row].out[d]);
+      }
+      transpose_units(rows_of_out_.get(), stride / Panel<O>::kGrain, stride / Panel<O>::kGrain, packed_out_.get(),
+                      kWidth);
+      for (int64_t row = first; row < end; row += kRows) {
+        float products[kRows * kWidth];
+        const int64_t present = std::min<int64_t>(kRows, end - row);
+        multiply(grad_out.get() + row * stride, stride, packed_out_.get(), present, kLanes, stride, nullptr, products,
+                 kWidth);
+        for (int64_t i = 0; i < present; ++i) delta.get()[row + i] = products[i * kWidth + row - first + i];
+      }
     }
   }
 
@@ -179,7 +189,7 @@ class BackwardBlock : public QueryBlock<T> {
   }
 
   const int64_t offsets_stride_;
-  const Scratch<O> offsets_, packed_offsets_, packed_rows_, packed_out_;
+  const Scratch<O> offsets_, packed_offsets_, packed_rows_, rows_of_out_, packed_out_;
 };
 
 // Probabilities of kRows queries and a panel of keys, up to the rows' factors, and grad_out v^T.
@@ -188,13 +198,13 @@ VLCORE_INLINE void probabilities_and_gradients(const BackwardBlock<T>& block, in
                                                const Operand<T>* values, const Places<Operand<T>>& places,
                                                float* probabilities, Vec (&grad)[kRows][kVecs]) {
   using O = Operand<T>;
-  score(block, first, keys, places, grad);
+  const Scores<T> score(block, first, places);
+  multiply_keys(block, first, keys, grad);
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int vec = 0; vec < kVecs; ++vec) {
-      const float rel_h = block.rel_h.get()[(first + row) * block.grid.height + places.y[vec]];
-      store(probabilities + row * Panel<O>::kWidth + vec * kLanes, exp_of_score<O>(grad[row][vec] + rel_h));
+      store(probabilities + row * Panel<O>::kWidth + vec * kLanes, exp_of_score<O>(score(grad[row][vec], row, vec)));
     }
   }
   multiply_in_registers(block.grad_out.get() + first * block.q_stride, block.q_stride, Panel<O>::kGrain, values,
@@ -230,8 +240,8 @@ static void delta_group(BackwardBlock<T>& block, int64_t panel, int64_t first, c
 // kRows queries and a panel of keys: their probabilities p, and the gradient of their scores p * (grad_out v^T -
 // delta).
 template <int kVecs, typename T>
-static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first, const Operand<T>* keys,
-                           const Operand<T>* key_rows, const Operand<T>* values, const Places<Operand<T>>& places) {
+static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first, const PackedLanes<Operand<T>>& keys,
+                           const Operand<T>* values, const Places<Operand<T>>& places) {
   using O = Operand<T>;
   constexpr int kRows = Panel<O>::kRows, kWidth = Panel<O>::kWidth, kGrain = Panel<O>::kGrain;
   float* probabilities = block.probabilities.get() + block.held_at(panel, first);
@@ -245,7 +255,7 @@ static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first
       for (int vec = 0; vec < kVecs; ++vec) grad[row][vec] = load(held + row * kWidth + vec * kLanes);
     }
   } else {
-    probabilities_and_gradients(block, first, keys, values, places, probabilities, grad);
+    probabilities_and_gradients(block, first, keys.columns(panel), values, places, probabilities, grad);
   }
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; row += 2) {
@@ -279,9 +289,9 @@ static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first
     }
     if (is_one_image_row) grad_rel_h[places.y[0]] += reduce_add(sum);
   }
-  multiply_rows<kRows>(block.grad_scores.get(), kWidth, kGrain, key_rows, block.grid.head_dim,
-                       padded_depth<O>(kVecs * kLanes), block.ones.get(),
-                       block.grad_q.get() + first * block.out_stride, block.out_stride);
+  multiply_panels(block.grad_scores.get(), kWidth, keys.rows(panel * kWidth), keys.rows_size, kRows,
+                  block.grid.head_dim, padded_depth<O>(kVecs * kLanes), block.ones.get(),
+                  block.grad_q.get() + first * block.out_stride, block.out_stride);
 }
 
 // The gradients of up to kBlockRows queries, and what they add to the sums. Keys need columns and rows, values columns.
@@ -311,8 +321,7 @@ static void attend_backward(const Query<T>* queries, int64_t count, const Packed
     const Places<Operand<T>> places(block.grid, panel);
     for_num_vecs(places, [&](auto num_vecs) {
       for (int64_t first = 0; first < block.rows; first += block.kRows) {
-        backward_group<num_vecs>(block, panel, first, keys.columns(panel), keys.rows(panel), values.columns(panel),
-                                 places);
+        backward_group<num_vecs>(block, panel, first, keys, values.columns(panel), places);
       }
     });
     const int64_t lanes = places.num_vecs * kLanes, at = panel * block.kWidth * sums.stride;

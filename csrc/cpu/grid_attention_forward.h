@@ -9,12 +9,14 @@ class ForwardBlock : public QueryBlock<T> {
   using O = Operand<T>;
   using Base = QueryBlock<T>;
   static constexpr int kRows = Base::kRows;
+  // Of a row of probabilities.
+  static constexpr int64_t kStride = (kInTiles<O> ? 4 : 1) * Panel<O>::kWidth;
 
   explicit ForwardBlock(const Grid& grid)
       : Base(grid),
         out(kBlockRows * Base::out_stride),
         sums(kBlockRows * kLanes),
-        probabilities(kRows * Panel<O>::kWidth) {}
+        probabilities(kRows * kStride) {}
 
   void start() {
     std::memset(out.get(), 0, Base::rows * Base::out_stride * sizeof(float));
@@ -22,19 +24,15 @@ class ForwardBlock : public QueryBlock<T> {
     std::fill(maxima, maxima + Base::rows, 0.f);
   }
 
-  // Makes what `largest` holds, by lanes, the maxima of a group. What was summed before shrinks accordingly; in
-  // the first panel nothing was.
-  void raise_maxima(int64_t first, bool is_first_panel, const Vec (&largest)[kRows]) {
-    for (int64_t row = first; row < first + kRows; ++row) {
-      const float rise = reduce_max(largest[row - first]);
-      if (!std::isfinite(rise) || (rise <= 0.f && !is_first_panel)) continue;
-      maxima[row] += rise;
-      for (int64_t y = 0; y < Base::grid.height; ++y) Base::rel_h.get()[row * Base::grid.height + y] -= rise;
-      if (is_first_panel) continue;
-      const float shrink = std::exp(-rise / kLogUnit<O>);
-      store(sums.get() + row * kLanes, load(sums.get() + row * kLanes) * shrink);
-      for (int64_t d = 0; d < Base::out_stride; ++d) out.get()[row * Base::out_stride + d] *= shrink;
-    }
+  // Raises the maximum of a query. What was summed before shrinks accordingly; before the first panel nothing was.
+  void raise_maximum(int64_t row, bool is_first_panel, float rise) {
+    if (!std::isfinite(rise) || (rise <= 0.f && !is_first_panel)) return;
+    maxima[row] += rise;
+    for (int64_t y = 0; y < Base::grid.height; ++y) Base::rel_h.get()[row * Base::grid.height + y] -= rise;
+    if (is_first_panel) return;
+    const float shrink = std::exp(-rise / kLogUnit<O>);
+    store(sums.get() + row * kLanes, load(sums.get() + row * kLanes) * shrink);
+    for (int64_t d = 0; d < Base::out_stride; ++d) out.get()[row * Base::out_stride + d] *= shrink;
   }
 
   const Scratch<float> out, sums;
@@ -42,54 +40,95 @@ class ForwardBlock : public QueryBlock<T> {
   float maxima[kBlockRows];
 };
 
-// The maxima of a softmax rise only where a score is larger by this: larger probabilities are as accurate.
-constexpr float kHeadroom = 8.f;
+// The maxima of a softmax rise only where a lane's weights of one panel sum up to more: larger ones are as accurate.
+constexpr float kMostWeight = 256.f;
 
-// kRows queries and a panel of keys: what their scores weigh is added to the sums and, times the values, to `out`.
-template <int kVecs, typename T>
-static void attend_group(ForwardBlock<T>& block, int64_t first, const Operand<T>* keys, const Operand<T>* values,
-                         const Places<Operand<T>>& places, bool is_first_panel) {
+// From the products of kRows queries and a panel of keys to what these weigh, (kRows, stride), which is added to the
+// sums. before_raise() is called before maxima rise for a second time.
+template <int kVecs, typename T, int kRows, typename BeforeRaise>
+VLCORE_INLINE void weigh(ForwardBlock<T>& block, int64_t first, const Vec (&products)[kRows][kVecs],
+                         const Places<Operand<T>>& places, bool is_first_panel, Operand<T>* probabilities,
+                         int64_t stride, const BeforeRaise& before_raise) {
   using O = Operand<T>;
-  constexpr int kRows = Panel<O>::kRows;
-  const float* rel_h = block.rel_h.get() + first * block.grid.height;
-  O* probabilities = block.probabilities.get();
-  Vec t[kRows][kVecs], largest[kRows], weights[kRows];
-  score(block, first, keys, places, t);
-  const auto with_rel_h = [&](int row, int vec) VLCORE_INLINED {
-    return t[row][vec] + rel_h[row * block.grid.height + places.y[vec]];
-  };
-  // The first panel is looked through for the maxima first. Any other is weighed by those that are known, and once
-  // more where they are too small.
-  for (int pass = is_first_panel ? 0 : 1; pass < 3; ++pass) {
-    Vec largest_of_all = broadcast(-INFINITY);
+  const Scores<T> score(block, first, places);
+  float* sums = block.sums.get() + first * kLanes;
+  Vec weights[kRows];
+  for (bool again = false;; again = true) {
+    if (again) before_raise();
+    if (again || is_first_panel) {
+      for (int row = 0; row < kRows; ++row) {
+        Vec largest = score(products[row][0], row, 0);
+        for (int vec = 1; vec < kVecs; ++vec) largest = maximum(largest, score(products[row][vec], row, vec));
+        block.raise_maximum(first + row, is_first_panel, reduce_max(largest));
+      }
+    }
+    Vec most = {};
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
-      largest[row] = with_rel_h(row, 0);
-#pragma GCC unroll 4
-      for (int vec = 1; vec < kVecs; ++vec) largest[row] = maximum(largest[row], with_rel_h(row, vec));
-      largest_of_all = maximum(largest_of_all, largest[row]);
-      if (pass == 0) continue;
       Vec p[kVecs], sum = {};
 #pragma GCC unroll 4
       for (int vec = 0; vec < kVecs; ++vec) {
-        p[vec] = exp_of_score<O>(with_rel_h(row, vec));
+        p[vec] = exp_of_score<O>(score(products[row][vec], row, vec));
         sum += p[vec];
       }
-      weights[row] = sum;
-      store_operands(probabilities + row * Panel<O>::kWidth, p);
+      store_operands(probabilities + row * stride, p);
       if constexpr (padded_depth<O>(kVecs * kLanes) > kVecs * kLanes) {
-        store(probabilities + row * Panel<O>::kWidth + kVecs * kLanes, Vec{});
+        store(probabilities + row * stride + kVecs * kLanes, Vec{});
       }
+      weights[row] = sum;
+      most = maximum(most, sum);
     }
-    if (pass > 0 && !(reduce_max(largest_of_all) > kHeadroom)) break;
-    block.raise_maxima(first, is_first_panel, largest);
+    if (again || !(reduce_max(most) > kMostWeight)) break;
   }
-  float* sums = block.sums.get() + first * kLanes;
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) store(sums + row * kLanes, load(sums + row * kLanes) + weights[row]);
-  multiply_rows<kRows>(probabilities, Panel<O>::kWidth, Panel<O>::kGrain, values, block.grid.head_dim,
-                       padded_depth<O>(kVecs * kLanes), block.ones.get(), block.out.get() + first * block.out_stride,
-                       block.out_stride);
+}
+
+// A group of queries goes over all keys in tiles. Several panels are weighed before their values are added: `out` is
+// loaded and stored the less often.
+template <typename T>
+static void attend_in_tiles(ForwardBlock<T>& block, int64_t first, const PackedLanes<Operand<T>>& keys,
+                            const PackedLanes<Operand<T>>& values) {
+  using O = Operand<T>;
+  constexpr int64_t kWidth = Panel<O>::kWidth, kStride = ForwardBlock<T>::kStride;
+  // Lanes [added, weighed) wait for their values.
+  int64_t added = 0, weighed = 0;
+  const auto add_values = [&] {
+    if (added == weighed) return;
+    multiply_panels(block.probabilities.get() + added % kStride, kStride, values.rows(added), values.rows_size,
+                    Panel<O>::kRows, block.grid.head_dim, weighed - added, block.ones.get(),
+                    block.out.get() + first * block.out_stride, block.out_stride);
+    added = weighed;
+  };
+  for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
+    const Places<O> places(block.grid, panel);
+    for_num_vecs(places, [&](auto num_vecs) {
+      Vec products[Panel<O>::kRows][num_vecs];
+      multiply_keys(block, first, keys.columns(panel), products);
+      weigh(block, first, products, places, panel == 0, block.probabilities.get() + weighed % kStride, kStride,
+            add_values);
+      weighed += padded_depth<O>(num_vecs * kLanes);
+    });
+    if (weighed % kStride == 0) add_values();
+  }
+  add_values();
+}
+
+// Groups of queries and a panel of keys in registers.
+template <int kVecs, typename T>
+static void attend_panel(ForwardBlock<T>& block, const Operand<T>* keys, const PackedLanes<Operand<T>>& values,
+                         const Places<Operand<T>>& places, int64_t panel) {
+  using O = Operand<T>;
+  constexpr int64_t kRows = Panel<O>::kRows, kStride = ForwardBlock<T>::kStride;
+  O* probabilities = block.probabilities.get();
+  for (int64_t first = 0; first < block.rows; first += kRows) {
+    Vec products[kRows][kVecs];
+    multiply_keys(block, first, keys, products);
+    weigh(block, first, products, places, panel == 0, probabilities, kStride, [] {});
+    multiply_panels(probabilities, kStride, values.rows(panel * Panel<O>::kWidth), values.rows_size, kRows,
+                    block.grid.head_dim, kVecs * kLanes, block.ones.get(), block.out.get() + first * block.out_stride,
+                    block.out_stride);
+  }
 }
 
 // Up to kBlockRows queries attend to all keys.
@@ -97,15 +136,18 @@ template <typename T>
 static void attend(const Query<T>* queries, int64_t count, const PackedLanes<Operand<T>>& keys,
                    const PackedLanes<Operand<T>>& values, const PackedTable<Operand<T>>& table_h,
                    const PackedTable<Operand<T>>& table_w, ForwardBlock<T>& block) {
+  using O = Operand<T>;
   block.load_queries(queries, count, table_h, table_w);
   block.start();
-  for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
-    const Places<Operand<T>> places(block.grid, panel);
-    for_num_vecs(places, [&](auto num_vecs) {
-      for (int64_t first = 0; first < block.rows; first += block.kRows) {
-        attend_group<num_vecs>(block, first, keys.columns(panel), values.rows(panel), places, panel == 0);
-      }
-    });
+  if constexpr (kInTiles<O>) {
+    for (int64_t first = 0; first < block.rows; first += block.kRows) attend_in_tiles(block, first, keys, values);
+  } else {
+    for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
+      const Places<O> places(block.grid, panel);
+      for_num_vecs(places, [&](auto num_vecs) {
+        attend_panel<num_vecs>(block, keys.columns(panel), values, places, panel);
+      });
+    }
   }
   for (int64_t row = 0; row < count; ++row) {
     const float sum = reduce_add(load(block.sums.get() + row * kLanes));
