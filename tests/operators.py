@@ -1,6 +1,6 @@
 """What is asked of every operator, on every backend: right values and gradients, a well-formed torch op, no breaks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -61,6 +61,13 @@ def poisoned_memory():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def outputs_and_gradients(function: Callable, arguments: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+    """A function's output and the gradients of all its arguments, where grad_out is its output's."""
+    arguments = [a.detach().requires_grad_() for a in arguments]
+    out = function(*arguments)
+    return [out, *torch.autograd.grad(out, arguments, grad_out)]
 
 
 def values_and_gradients(function: Callable, arguments: tuple) -> list[Tensor]:

@@ -9,6 +9,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    outputs_and_gradients,
     random,
     skip_if_refused,
     values_and_gradients,
@@ -73,6 +74,39 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
         skip_if_refused(KERNELS, "cpp", *given, True, cu_seqlens, 0.5)
         for causal in (True, False):
             assert_matches(through_op("cpp", causal, cu_seqlens), reference(causal, cu_seqlens), *given)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_what_is_not_finite_stays_in_its_sequence(monkeypatch, level, dtype, causal):
+    monkeypatch.setattr(native, "level", level)
+    sound = inputs(batch=1, queries=21, keys=21, dim=33, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *sound, causal, None, 0.5)
+    # One thread goes from sequence to sequence of so few tokens.
+    nans, infinities = (
+        [x.new_full((1, tokens, *x.shape[2:]), value) for x in sound]
+        for tokens, value in ((21, torch.nan), (19, torch.inf))
+    )
+    spoilt = [torch.cat(parts, 1) for parts in zip(nans, infinities, sound, strict=True)]
+    grad_out = random(*sound[0].shape, dtype=dtype)
+    alone = outputs_and_gradients(through_op("cpp", causal), sound, grad_out)
+    behind = outputs_and_gradients(
+        through_op("cpp", causal, bounds(0, 40, 61)), spoilt, F.pad(grad_out, (0, 0, 0, 0, 40, 0), value=1.0)
+    )
+    assert all(x.isfinite().all() for x in alone)
+    assert all(torch.equal(x[:, 40:], y) for x, y in zip(behind, alone, strict=True))
+
+
+def test_torch_multiplies_behind_our_tiles_as_before_them():
+    given = inputs(queries=70, keys=70, heads=2, dim=64, dtype=torch.bfloat16)
+    skip_if_refused(KERNELS, "cpp", *given, False, None, 0.5)
+    x, weight = random(64, 96, dtype=torch.bfloat16), random(80, 96, dtype=torch.bfloat16)
+    before = F.linear(x, weight), F.scaled_dot_product_attention(x[None], x[None], x[None])
+    for _ in range(3):
+        ops.attention(*given, backend="cpp")
+        after = F.linear(x, weight), F.scaled_dot_product_attention(x[None], x[None], x[None])
+        assert all(map(torch.equal, before, after))
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])

@@ -11,6 +11,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    outputs_and_gradients,
     random,
     shifted,
     skip_if_refused,
@@ -65,6 +66,39 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
         given = inputs(batch=1, heads=2, grid=grid, dim=dim, dtype=dtype)
         skip_if_refused(KERNELS, "cpp", *given, grid)
         assert_matches(through_op("cpp", grid), reference(grid), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_maxima_rise_from_panel_to_panel(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    q, k, v, rel_pos_h, rel_pos_w = inputs(batch=1, heads=2, grid=(9, 64), dim=64, dtype=dtype)
+    # By image rows: a head's scores rise all the way, by so much that earlier weights are nothing; the other's now and
+    # then.
+    q, k = q.abs(), k.abs()
+    k[0, 0] *= torch.arange(9).repeat_interleave(64)[:, None]
+    k[0, 1] *= torch.tensor([1, 1, 4, 1, 1, 6, 1, 1, 9]).repeat_interleave(64)[:, None]
+    given = (q, k, v, rel_pos_h, rel_pos_w)
+    skip_if_refused(KERNELS, "cpp", *given, (9, 64))
+    assert_matches(through_op("cpp", (9, 64)), reference((9, 64)), *given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_what_is_not_finite_stays_in_its_head(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    sound = inputs(batch=1, heads=1, grid=(5, 7), dim=33, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *sound, (5, 7))
+    # One thread goes from head to head of so few numbers.
+    spoilt = [torch.cat([torch.full_like(x, torch.nan), x], 1) for x in sound[:3]]
+    grad_out = random(*sound[0].shape, dtype=dtype)
+    alone, behind = (
+        outputs_and_gradients(lambda *qkv: through_op("cpp", (5, 7))(*qkv, *sound[3:]), given, grad)
+        for given, grad in ((sound[:3], grad_out), (spoilt, torch.cat([grad_out, grad_out], 1)))
+    )
+    assert all(x.isfinite().all() for x in alone)
+    assert behind[0][:, 0].isnan().all()
+    assert all(torch.equal(x[:, 1:], y) for x, y in zip(behind, alone, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

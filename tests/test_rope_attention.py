@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 from accuracy import assert_as_accurate

@@ -21,8 +21,6 @@ cuda = _load("_cuda")
 
 # The instructions that C++ kernels use, of csrc/kernels.h: those of this machine. Tests lower it.
 level: int = cpp.best_level() if cpp else 0
-# Of these, the one with products of whole tiles of bfloat16.
-AMX = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CUDA_DTYPES = {**_DTYPES, torch.float16: 2}
 

@@ -2,6 +2,7 @@
 //
 //   #ifndef VLCORE_LEVEL
 //   #define VLCORE_FILE "cpu/<op>.cpp"
+//   #define VLCORE_MULTIPLIES_TILES   (only where the kernels gain by the last level, of whole tiles)
 //   #include "cpu/for_each_level.h"
 //   ... functions of kernels.h, which call VLCORE_RUN(target, kernel, arguments...)
 //   #else
@@ -29,7 +30,6 @@
 #define VLCORE_LEVEL generic
 #define VLCORE_LANES 4
 #include "cpu/simd.h"
-#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -42,7 +42,6 @@
 #define VLCORE_LEVEL avx2
 #define VLCORE_LANES 8
 #include "cpu/simd.h"
-#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -54,7 +53,6 @@
 #define VLCORE_LEVEL avx512
 #define VLCORE_LANES 16
 #include "cpu/simd.h"
-#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -67,7 +65,6 @@
 #define VLCORE_LANES 16
 #define VLCORE_BF16_DOT
 #include "cpu/simd.h"
-#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -83,7 +80,6 @@
 #define VLCORE_BF16_DOT
 #define VLCORE_AMX
 #include "cpu/simd.h"
-#include "cpu/tile_unit.h"
 #include "cpu/tile.h"
 #include VLCORE_FILE
 #undef VLCORE_LEVEL
@@ -98,19 +94,19 @@
 #define VLCORE_RUN_AT(level_name, target, kernel, ...) \
   (target.dtype == DType::float32 ? level_name::kernel<float>(__VA_ARGS__) : level_name::kernel<bfloat16>(__VA_ARGS__))
 #if defined(VLCORE_X86_LEVELS)
-// Tiles are of bfloat16.
 #if defined(VLCORE_X86_TILES) && defined(VLCORE_MULTIPLIES_TILES)
-#define VLCORE_RUN_IN_TILES(target, kernel, ...)                      \
-  target.level == Level::amx && target.dtype == DType::bfloat16       \
-      ? amx::kernel<bfloat16>(__VA_ARGS__) :
+// Tiles are of bfloat16.
+#define VLCORE_RUN_AT_BEST(target, kernel, ...)                  \
+  (target.level == Level::amx && target.dtype == DType::bfloat16 \
+       ? amx::kernel<bfloat16>(__VA_ARGS__)                      \
+       : VLCORE_RUN_AT(avx512_bf16, target, kernel, __VA_ARGS__))
 #else
-#define VLCORE_RUN_IN_TILES(target, kernel, ...)
+#define VLCORE_RUN_AT_BEST(target, kernel, ...) VLCORE_RUN_AT(avx512_bf16, target, kernel, __VA_ARGS__)
 #endif
-#define VLCORE_RUN(target, kernel, ...)                                                         \
-  (VLCORE_RUN_IN_TILES(target, kernel, __VA_ARGS__) \
-   target.level >= Level::avx512_bf16 ? VLCORE_RUN_AT(avx512_bf16, target, kernel, __VA_ARGS__) \
-   : target.level == Level::avx512    ? VLCORE_RUN_AT(avx512, target, kernel, __VA_ARGS__)      \
-   : target.level == Level::avx2      ? VLCORE_RUN_AT(avx2, target, kernel, __VA_ARGS__)        \
+#define VLCORE_RUN(target, kernel, ...)                                                    \
+  (target.level >= Level::avx512_bf16 ? VLCORE_RUN_AT_BEST(target, kernel, __VA_ARGS__)    \
+   : target.level == Level::avx512    ? VLCORE_RUN_AT(avx512, target, kernel, __VA_ARGS__) \
+   : target.level == Level::avx2      ? VLCORE_RUN_AT(avx2, target, kernel, __VA_ARGS__)   \
                                       : VLCORE_RUN_AT(generic, target, kernel, __VA_ARGS__))
 #else
 #define VLCORE_RUN(target, kernel, ...) VLCORE_RUN_AT(generic, target, kernel, __VA_ARGS__)

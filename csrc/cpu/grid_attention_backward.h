@@ -174,8 +174,8 @@ class BackwardBlock : public QueryBlock<T> {
     std::memset(static_cast<void*>(scratch.get()), 0, size * sizeof(Element));
   }
 
-  // to (head_dim, kBlockRows) is the block's rows of `from` (rows, q_stride), by pairs of rows where these stand side by
-  // side in a panel.
+  // to (head_dim, kBlockRows) is the block's rows of `from` (rows, q_stride), by pairs of rows where these stand side
+  // by side in a panel.
   void transpose(const Scratch<O>& from, const Scratch<O>& to) {
     constexpr int64_t kGrain = Panel<O>::kGrain;
     const int64_t depth = padded_depth<O>(Base::rows), dim = Base::grid.head_dim;

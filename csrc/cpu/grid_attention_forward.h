@@ -13,10 +13,7 @@ class ForwardBlock : public QueryBlock<T> {
   static constexpr int64_t kStride = (kInTiles<O> ? 4 : 1) * Panel<O>::kWidth;
 
   explicit ForwardBlock(const Grid& grid)
-      : Base(grid),
-        out(kBlockRows * Base::out_stride),
-        sums(kBlockRows * kLanes),
-        probabilities(kRows * kStride) {}
+      : Base(grid), out(kBlockRows * Base::out_stride), sums(kBlockRows * kLanes), probabilities(kRows * kStride) {}
 
   void start() {
     std::memset(out.get(), 0, Base::rows * Base::out_stride * sizeof(float));
@@ -144,9 +141,8 @@ static void attend(const Query<T>* queries, int64_t count, const PackedLanes<Ope
   } else {
     for (int64_t panel = 0; panel < keys.num_panels; ++panel) {
       const Places<O> places(block.grid, panel);
-      for_num_vecs(places, [&](auto num_vecs) {
-        attend_panel<num_vecs>(block, keys.columns(panel), values, places, panel);
-      });
+      for_num_vecs(places,
+                   [&](auto num_vecs) { attend_panel<num_vecs>(block, keys.columns(panel), values, places, panel); });
     }
   }
   for (int64_t row = 0; row < count; ++row) {

@@ -232,8 +232,8 @@ static void meet(int64_t block, int64_t key, int64_t count, int64_t begin, int64
   float* grad_queries = scratch.grad_queries.get() + block * round_up(head_dim, kLanes) * kBlockQueries;
   for (int64_t d = 0; d < head_dim; d += kRows) {
     multiply(scratch.keys_transposed.get() + d * scratch.keys_stride + key, scratch.keys_stride, packed,
-             std::min(kRows, head_dim - d), kBlockQueries, depth, kOnes,
-             grad_queries + d * kBlockQueries, kBlockQueries);
+             std::min(kRows, head_dim - d), kBlockQueries, depth, kOnes, grad_queries + d * kBlockQueries,
+             kBlockQueries);
   }
 }
 

@@ -67,8 +67,8 @@ static void pack_keys_and_values(const Rows<T>& rows, const Sequence& at, int64_
     panel_of_columns(scratch.rows.get(), scratch.stride, scratch.depth, scratch.keys.get() + first * scratch.depth);
     rows.plain(rows.call.v, at.row, at.first_key + first, head, present, scratch.rows.get());
     rows.clear(present, depth, scratch.rows.get());
-    panels_of_rows(scratch.rows.get(), scratch.stride, depth, rows.call.head_dim,
-                   scratch.values.get() + first * kWidth, padded_depth<O>(count) * kWidth);
+    panels_of_rows(scratch.rows.get(), scratch.stride, depth, rows.call.head_dim, scratch.values.get() + first * kWidth,
+                   padded_depth<O>(count) * kWidth);
   }
 }
 

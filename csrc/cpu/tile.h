@@ -4,6 +4,8 @@
 // each (depth, kWidth), or with bfloat16's dot product (depth / 2, kWidth, 2). Packing pads with zeros to whole panels
 // and to a multiple of Panel<T>::kDepth, so that nothing here needs a mask; A and C are scratch with rows as long, and
 // where whole tiles are multiplied with a multiple of kRows of them.
+#include "cpu/tile_unit.h"
+
 namespace vlcore::VLCORE_LEVEL {
 
 // What matrix products are computed in for tensors of T: bfloat16 where the level multiplies it, float elsewhere.

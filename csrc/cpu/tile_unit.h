@@ -1,5 +1,5 @@
-// Products of whole tiles (AMX): a tile is 16 rows of 64 bytes. Read once per level, before tile.h; where a level has
-// none, TileUnit is empty.
+// Products of whole tiles (AMX), at one level; read once per level by tile.h. A tile is 16 rows of 64 bytes. At a level
+// that has none, TileUnit is empty.
 //
 // The instructions are written out: GCC's intrinsics do not say that they read and write memory.
 namespace vlcore::VLCORE_LEVEL {

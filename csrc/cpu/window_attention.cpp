@@ -121,7 +121,7 @@ static void window_attention_forward(const void* qkv, const void* qkv_bias, cons
 
 // Gradients of a window's keys and values: written to the map's, and added to the bias' (3, heads, head_dim).
 template <typename T>
-static void write_keys_and_values(const Window& window, const GridSums<Operand<T>>& sums, const Scratch<float>& rows,
+static void write_keys_and_values(const Window& window, const GridSums<Operand<T> >& sums, const Scratch<float>& rows,
                                   T* grad_qkv, float* grad_bias) {
   const Grid grid = window.all.grid();
   for (int which = 1; which <= 2; ++which) {
