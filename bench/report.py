@@ -148,16 +148,19 @@ def _origin(results: Results) -> str:
 def with_tables(text: str, folder: Path = RESULTS) -> str:
     """`text` with each table between its marks, such as <!-- cpu operators --> and <!-- end -->, made anew.
 
-    Between the marks of "cuda" are the tables of every GPU whose results are in the folder, each below its name.
+    cpu.json is between the marks of "cpu", and that of another kind of CPU, such as cpu_amx.json, between those of "cpu
+    amx". Between the marks of "cuda" are the tables of every GPU whose results are in the folder, each below its name.
 
     Raises:
         ValueError: there are results whose marks are missing.
     """
-    cpu = [read(path) for path in folder.glob("cpu.json")]
     # What `make gpu-code` found is no measurement.
-    gpus = [read(path) for path in sorted(folder.glob("*.json")) if path.stem not in ("cpu", "gpu_code")]
+    paths = [path for path in sorted(folder.glob("*.json")) if path.stem != "gpu_code"]
+    cpus = {path.stem: [read(path)] for path in paths if path.stem.startswith("cpu")}
+    gpus = [read(path) for path in paths if path.stem not in cpus]
     for name, table in TABLES.items():
-        text = _between(text, f"<!-- cpu {name} -->", [table(results) for results in cpu])
+        for cpu, measured in {"cpu": [], **cpus}.items():
+            text = _between(text, f"<!-- {cpu.replace('_', ' ')} {name} -->", [table(results) for results in measured])
         text = _between(text, f"<!-- cuda {name} -->", [f"{_origin(results)}\n\n{table(results)}" for results in gpus])
     return text
 

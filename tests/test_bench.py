@@ -306,7 +306,7 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(tmp_path,
     assert "pip install 'vlcore[plot]'" in said.err and not said.out
 
 
-MARKS = "".join(f"<!-- {device} {what} -->\n<!-- end -->\n" for device in ("cpu", "cuda") for what in TABLES)
+MARKS = "".join(f"<!-- {device} {what} -->\n<!-- end -->\n" for device in ("cpu", "cuda", "cpu amx") for what in TABLES)
 
 
 def test_tables_stand_between_their_marks(tmp_path):
@@ -317,12 +317,16 @@ def test_tables_stand_between_their_marks(tmp_path):
     gpu = Results("a GPU", [FOUND, whole], {"commit": "abc"}, {"passed": 7, "failed": 0, "skipped": 1})
     gpu.write(tmp_path / "h100.json")
     dataclasses.replace(gpu, machine="another").write(tmp_path / "h200.json")
+    dataclasses.replace(gpu, machine="tiles").write(tmp_path / "cpu_amx.json")
     text = with_tables(MARKS, tmp_path)
     assert with_tables(text, tmp_path) == text
-    cpu, _, cuda, models = (text.split(mark)[1].split("<!-- end -->")[0] for mark in MARKS.split("\n")[::2] if mark)
+    cpu, _, cuda, models, amx, _ = (
+        text.split(mark)[1].split("<!-- end -->")[0] for mark in MARKS.split("\n")[::2] if mark
+    )
     assert "| swiglu | 2 × 3 | 2 ms, **2.50×** F.silu |" in cpu and "bfloat16" not in cpu
     assert cuda.index("a GPU, commit abc; tests: 7 passed, 0 failed, 1 skipped:") < cuda.index("another, commit abc")
     assert models.count("transformers SDPA **2.00×**") == 2
+    assert "| swiglu | 2 × 3 | 2 ms, **2.50×** F.silu |" in amx and "tiles" not in cuda
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -14,8 +14,8 @@ from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, need
 
 # Rows up to which a kernel is a reading of the weight.
 MAX_ROWS = 16
-# The instructions for which the blocks of many rows are made, and what a layer has to cost, in multiplications, before
-# its gradients are worth an autograd function in Python.
+# The instructions for which the blocks of many rows are made, those without AMX, and what a layer has to cost, in
+# multiplications, before its gradients are worth an autograd function in Python.
 _BLOCKED_LEVEL = 3
 _BLOCKED_WORK = 1 << 22
 
