@@ -118,7 +118,8 @@ static void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_
 }
 
 // kRows rows of A times kVecs vectors of a panel. An element of A at depth d stands d / kGrain * a_step behind its
-// row's first: with a_stride = kGrain and a_step = kWidth * kGrain, a packed panel is read as its transpose.
+// row's first: with a_stride = kGrain and a_step = kWidth * kGrain, a packed panel is read as its transpose. Tiles are
+// of rows whose depth lies side by side: for them a_step is always kGrain.
 template <int kRows, int kVecs, typename O>
 VLCORE_INLINE void multiply_in_registers(const O* a, int64_t a_stride, int64_t a_step, const O* panel, int64_t depth,
                                          Vec (&sums)[kRows][kVecs]) {
