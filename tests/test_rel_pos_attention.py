@@ -81,6 +81,11 @@ def test_maxima_rise_from_panel_to_panel(monkeypatch, level, dtype):
     given = (q, k, v, rel_pos_h, rel_pos_w)
     skip_if_refused(KERNELS, "cpp", *given, (9, 64))
     assert_matches(through_op("cpp", (9, 64)), reference((9, 64)), *given)
+    # One key of a late row takes all, with a score whose exponential float32 does not hold.
+    q, k, tables = torch.full_like(q, 4), torch.zeros_like(k), [torch.zeros_like(x) for x in given[3:]]
+    k[:, :, 300] = 4
+    out = RelPosAttention.apply(q, k, v, *tables, 9, 64, "cpp")
+    assert torch.equal(out, v[:, :, 300:301].expand_as(out))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

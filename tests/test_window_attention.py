@@ -68,6 +68,25 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_what_is_not_finite_stays_in_its_window(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    qkv, bias, *tables = inputs(batch=1, height=15, width=15, heads=1, window=14, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", qkv, bias, *tables, 14)
+    qkv[:, :14, :14] = torch.nan
+    threads = torch.get_num_threads()
+    try:
+        # One thread goes on from the first window to those of fewer queries.
+        torch.set_num_threads(1)
+        out, grad_qkv, *_ = values_and_gradients(through_op("cpp", 14), (qkv, bias, *tables))
+    finally:
+        torch.set_num_threads(threads)
+    for found in (out, grad_qkv):
+        assert found[:, :14, :14].isnan().all()
+        assert found[:, 14:].isfinite().all() and found[:, :, 14:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_depend_neither_on_threads_nor_on_addresses(dtype):
     given = inputs(height=17, width=9, dim=32, dtype=dtype)
     skip_if_refused(KERNELS, "cpp", *given, 4)

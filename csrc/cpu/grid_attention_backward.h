@@ -95,7 +95,7 @@ class BackwardBlock : public QueryBlock<T> {
       const int64_t end = std::min(first + kLanes, Base::rows);
       for (int64_t row = first; row < end; ++row) {
         O* to = rows_of_out_.get() + (row - first) * stride;
-        for (int64_t d = 0; row < count && d < dim; ++d) to[d] = convert<O>(queries[row].out[d]);
+        for (int64_t d = 0; d < dim; ++d) to[d] = row < count ? convert<O>(queries[row].out[d]) : O(0.f);
       }
       transpose_units(rows_of_out_.get(), stride / Panel<O>::kGrain, stride / Panel<O>::kGrain, packed_out_.get(),
                       kWidth);

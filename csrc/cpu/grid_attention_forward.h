@@ -37,8 +37,13 @@ class ForwardBlock : public QueryBlock<T> {
   float maxima[kBlockRows];
 };
 
-// The maxima of a softmax rise only where a lane's weights of one panel sum up to more: larger ones are as accurate.
-constexpr float kMostWeight = 256.f;
+// The maxima of a softmax rise only where they have to: larger weights are as accurate. In bfloat16 it is asked after
+// them, whether a lane's of one panel sum up to more than this: they saturate at infinity. In float32 scores are asked,
+// as exp() is none above 88.
+template <typename O>
+constexpr bool kAsksWeights = std::is_same_v<O, bfloat16>;
+template <typename O>
+constexpr float kMost = kAsksWeights<O> ? 256.f : 8.f;
 
 // From the products of kRows queries and a panel of keys to what these weigh, (kRows, stride), which is added to the
 // sums. before_raise() is called before maxima rise for a second time.
@@ -59,13 +64,15 @@ VLCORE_INLINE void weigh(ForwardBlock<T>& block, int64_t first, const Vec (&prod
         block.raise_maximum(first + row, is_first_panel, reduce_max(largest));
       }
     }
-    Vec most = {};
+    Vec most = broadcast(-INFINITY);
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
       Vec p[kVecs], sum = {};
 #pragma GCC unroll 4
       for (int vec = 0; vec < kVecs; ++vec) {
-        p[vec] = exp_of_score<O>(score(products[row][vec], row, vec));
+        const Vec t = score(products[row][vec], row, vec);
+        if constexpr (!kAsksWeights<O>) most = maximum(most, t);
+        p[vec] = exp_of_score<O>(t);
         sum += p[vec];
       }
       store_operands(probabilities + row * stride, p);
@@ -73,9 +80,9 @@ VLCORE_INLINE void weigh(ForwardBlock<T>& block, int64_t first, const Vec (&prod
         store(probabilities + row * stride + kVecs * kLanes, Vec{});
       }
       weights[row] = sum;
-      most = maximum(most, sum);
+      if constexpr (kAsksWeights<O>) most = maximum(most, sum);
     }
-    if (again || !(reduce_max(most) > kMostWeight)) break;
+    if (again || !(reduce_max(most) > kMost<O>)) break;
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) store(sums + row * kLanes, load(sums + row * kLanes) + weights[row]);
