@@ -27,7 +27,7 @@ struct Target {
 // Elements from batch to batch, head to head and token to token.
 using TokenStrides = std::array<int64_t, 3>;
 
-// The highest level of this machine.
+// The highest level of this machine. Linux is asked for the use of tiles, on behalf of the process.
 Level best_level();
 
 // Asks the system to put what is not yet written of `size` bytes on huge pages: a matrix that is read once a token from

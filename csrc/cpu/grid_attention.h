@@ -7,8 +7,8 @@
 
 namespace vlcore::VLCORE_LEVEL {
 
-// Queries that are computed together; a multiple of the level's kRows. Tiles are so fast that the sums of keys and
-// values, which a block's backward goes through, would be what is waited for: theirs are larger.
+// Queries that are computed together; a multiple of the level's kRows, kDepth and kLanes * kGrain. The backward of
+// each block goes through the sums of all keys and values, which tiles wait for: with them, blocks are larger.
 constexpr int64_t kBlockRows = kInTiles<bfloat16> ? 192 : 96;
 
 struct Grid {

@@ -5,7 +5,7 @@
 // dK = scale * dS^T Q, all turned back by their positions.
 namespace vlcore::VLCORE_LEVEL {
 
-// A multiple of every Panel::kRows, and even.
+// A multiple of every Panel::kRows and Panel::kDepth.
 constexpr int64_t kBlockKeys = 96;
 constexpr int64_t kBlockQueries = 64;
 // Where a product is added to what is there.

@@ -182,6 +182,7 @@ VLCORE_INLINE void scale_rows(const float* start, float* c, int64_t c_stride) {
 
 // kRows rows of C and kVecs vectors of columns: C = start * C + A B, where `start` has a factor for each row; null
 // stands for 0. A B is summed by itself first: the errors of long sums in float32 grow with what they begin from.
+// Tiles, of bfloat16, begin from C.
 template <int kRows, int kVecs, typename O>
 VLCORE_INLINE void multiply_panel(const O* a, int64_t a_stride, int64_t a_step, const O* panel, int64_t depth,
                                   const float* start, float* c, int64_t c_stride) {

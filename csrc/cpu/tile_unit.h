@@ -7,7 +7,7 @@ namespace vlcore::VLCORE_LEVEL {
 #if defined(VLCORE_AMX)
 
 // While one lives, this thread's tiles are 0 to 3 for sums and 4 to 7 for operands, all of whole size. It leaves the
-// unit as it was found: other libraries keep it set up between their calls.
+// unit set up as it was found, as other libraries may rely on it between their calls; what the tiles held is lost.
 class TileUnit {
  public:
   TileUnit() {
