@@ -63,24 +63,22 @@ def poisoned_memory():
         torch.use_deterministic_algorithms(False)
 
 
-def outputs_and_gradients(function: Callable, arguments: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
-    """A function's output and the gradients of all its arguments, where grad_out is its output's."""
-    arguments = [a.detach().requires_grad_() for a in arguments]
-    out = function(*arguments)
-    return [out, *torch.autograd.grad(out, arguments, grad_out)]
+def _random_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
+    # The same gradients for every dtype: those that bfloat16 and float16 both hold.
+    return [(grad * 16).round().clamp(-64, 64) / 16 for grad in grads]
 
 
-def values_and_gradients(function: Callable, arguments: tuple) -> list[Tensor]:
-    """What a function returns and its gradient for every floating tensor among the arguments."""
+def values_and_gradients(function: Callable, arguments: Sequence, grads: Sequence[Tensor] = ()) -> list[Tensor]:
+    """What a function returns and its gradient for every floating tensor among the arguments; `grads` are its
+    outputs', random ones unless given."""
     arguments = tuple(
         a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
     )
     outputs = function(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
-    # The same gradients for every dtype: those that bfloat16 and float16 both hold.
-    grads = [(grad * 16).round().clamp(-64, 64) / 16 for grad in grads]
+    grads = grads or _random_gradients(outputs)
     inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
     return [*outputs, *torch.autograd.grad(outputs, inputs, grads, materialize_grads=True)]
 

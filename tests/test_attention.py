@@ -9,7 +9,6 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
-    outputs_and_gradients,
     random,
     skip_if_refused,
     values_and_gradients,
@@ -90,9 +89,9 @@ def test_what_is_not_finite_stays_in_its_sequence(monkeypatch, level, dtype, cau
     )
     spoilt = [torch.cat(parts, 1) for parts in zip(nans, infinities, sound, strict=True)]
     grad_out = random(*sound[0].shape, dtype=dtype)
-    alone = outputs_and_gradients(through_op("cpp", causal), sound, grad_out)
-    behind = outputs_and_gradients(
-        through_op("cpp", causal, bounds(0, 40, 61)), spoilt, F.pad(grad_out, (0, 0, 0, 0, 40, 0), value=1.0)
+    alone = values_and_gradients(through_op("cpp", causal), sound, [grad_out])
+    behind = values_and_gradients(
+        through_op("cpp", causal, bounds(0, 40, 61)), spoilt, [F.pad(grad_out, (0, 0, 0, 0, 40, 0), value=1.0)]
     )
     assert all(x.isfinite().all() for x in alone)
     assert all(torch.equal(x[:, 40:], y) for x, y in zip(behind, alone, strict=True))

@@ -11,7 +11,6 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
-    outputs_and_gradients,
     random,
     shifted,
     skip_if_refused,
@@ -98,7 +97,7 @@ def test_what_is_not_finite_stays_in_its_head(monkeypatch, level, dtype):
     spoilt = [torch.cat([torch.full_like(x, torch.nan), x], 1) for x in sound[:3]]
     grad_out = random(*sound[0].shape, dtype=dtype)
     alone, behind = (
-        outputs_and_gradients(lambda *qkv: through_op("cpp", (5, 7))(*qkv, *sound[3:]), given, grad)
+        values_and_gradients(lambda *qkv: through_op("cpp", (5, 7))(*qkv, *sound[3:]), given, [grad])
         for given, grad in ((sound[:3], grad_out), (spoilt, torch.cat([grad_out, grad_out], 1)))
     )
     assert all(x.isfinite().all() for x in alone)

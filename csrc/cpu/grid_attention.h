@@ -265,9 +265,10 @@ VLCORE_INLINE Vec exp_of_score(Vec x) {
   return exp(x);
 }
 
-// Stores neighbouring vectors as operands.
+// Stores neighbouring vectors as operands, up to a whole depth with zeros.
 template <int kVecs, typename O>
 VLCORE_INLINE void store_operands(O* to, const Vec (&from)[kVecs]) {
+  if constexpr (padded_depth<O>(kVecs * kLanes) > kVecs * kLanes) store(to + kVecs * kLanes, Vec{});
 #if defined(VLCORE_BF16_DOT)
   if constexpr (std::is_same_v<O, bfloat16> && kVecs % 2 == 0) {
 #pragma GCC unroll 2

@@ -250,9 +250,6 @@ static void backward_group(BackwardBlock<T>& block, int64_t panel, int64_t first
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     store_operands(block.grad_scores.get() + row * kWidth, grad[row]);
-    if constexpr (padded_depth<O>(kVecs * kLanes) > kVecs * kLanes) {
-      store(block.grad_scores.get() + row * kWidth + kVecs * kLanes, Vec{});
-    }
     float* grad_rel_w = block.grad_rel_w.get() + (first + row) * block.w_stride;
     float* grad_rel_h = block.grad_rel_h.get() + (first + row) * block.grid.height;
     Vec sum = {};

@@ -76,9 +76,6 @@ VLCORE_INLINE void weigh(ForwardBlock<T>& block, int64_t first, const Vec (&prod
         sum += p[vec];
       }
       store_operands(probabilities + row * stride, p);
-      if constexpr (padded_depth<O>(kVecs * kLanes) > kVecs * kLanes) {
-        store(probabilities + row * stride + kVecs * kLanes, Vec{});
-      }
       weights[row] = sum;
       if constexpr (kAsksWeights<O>) most = maximum(most, sum);
     }

@@ -62,17 +62,17 @@ VLCORE_INLINE O convert(T value) {
   }
 }
 
-// B[d][c] = row(d)[c], where row(d) is null for a row of zeros.
-template <typename O, typename Row>
-static void pack_rows(const Row& row, int64_t depth, int64_t cols, O* to) {
+// B[d][c] = from[d * stride + c].
+template <typename O, typename T>
+static void pack(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
   for (int64_t first = 0; first < cols; first += kWidth) {
     const int64_t width = std::min<int64_t>(kWidth, cols - first);
     for (int64_t d = 0; d < padded_depth<O>(depth); d += kGrain, to += kWidth * kGrain) {
-      const auto* even = d < depth ? row(d) : nullptr;
-      const auto* odd = kGrain == 2 && d + 1 < depth ? row(d + 1) : nullptr;
+      const T* even = d < depth ? from + d * stride : nullptr;
+      const T* odd = kGrain == 2 && d + 1 < depth ? from + (d + 1) * stride : nullptr;
       std::memset(static_cast<void*>(to), 0, kWidth * kGrain * sizeof(O));
-      if (kGrain == 2 && even && odd) {
+      if (odd) {
 #pragma GCC ivdep
         for (int64_t c = 0; c < width; ++c) {
           to[2 * c] = convert<O>(even[first + c]);
@@ -81,40 +81,29 @@ static void pack_rows(const Row& row, int64_t depth, int64_t cols, O* to) {
         continue;
       }
       for (int64_t c = 0; even && c < width; ++c) to[c * kGrain] = convert<O>(even[first + c]);
-      for (int64_t c = 0; kGrain == 2 && odd && c < width; ++c) to[c * kGrain + 1] = convert<O>(odd[first + c]);
     }
   }
 }
 
-// B[d][c] = row(c)[d], where row(c) is null for a column of zeros.
-template <typename O, typename Row>
-static void pack_columns(const Row& row, int64_t depth, int64_t cols, O* to) {
+// B[d][c] = from[c * stride + d].
+template <typename O, typename T>
+static void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
   constexpr int kGrain = Panel<O>::kGrain, kWidth = Panel<O>::kWidth;
   for (int64_t first = 0; first < cols; first += kWidth, to += padded_depth<O>(depth) * kWidth) {
     for (int64_t c = 0; c < kWidth; ++c) {
-      const auto* from = first + c < cols ? row(first + c) : nullptr;
-      const int64_t present = from ? depth : 0, whole = present / kGrain * kGrain;
+      const T* row = first + c < cols ? from + (first + c) * stride : nullptr;
+      const int64_t present = row ? depth : 0, whole = present / kGrain * kGrain;
       O* column = to + c * kGrain;
       for (int64_t d = 0; d < whole; d += kGrain, column += kWidth * kGrain) {
-        for (int grain = 0; grain < kGrain; ++grain) column[grain] = convert<O>(from[d + grain]);
+        for (int grain = 0; grain < kGrain; ++grain) column[grain] = convert<O>(row[d + grain]);
       }
       for (int64_t d = whole; d < padded_depth<O>(depth); d += kGrain, column += kWidth * kGrain) {
         for (int grain = 0; grain < kGrain; ++grain) {
-          column[grain] = d + grain < present ? convert<O>(from[d + grain]) : O(0.f);
+          column[grain] = d + grain < present ? convert<O>(row[d + grain]) : O(0.f);
         }
       }
     }
   }
-}
-
-template <typename O, typename T>
-static void pack(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
-  pack_rows([=](int64_t d) { return from + d * stride; }, depth, cols, to);
-}
-
-template <typename O, typename T>
-static void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_t cols, O* to) {
-  pack_columns([=](int64_t c) { return from + c * stride; }, depth, cols, to);
 }
 
 // kRows rows of A times kVecs vectors of a panel. An element of A at depth d stands d / kGrain * a_step behind its
@@ -229,31 +218,32 @@ static void multiply(const O* a, int64_t a_stride, const O* packed, int64_t rows
                      const float* start, float* c, int64_t c_stride, int64_t a_step = Panel<O>::kGrain) {
   if constexpr (kInTiles<O>) {
     return multiply_rows<Panel<O>::kRows>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
-  }
-  switch (rows) {
-    case 6:
-      return multiply_rows<6>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
-    case 5:
-      return multiply_rows<5>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
-    case 4:
-      return multiply_rows<4>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
-    case 3:
-      return multiply_rows<3>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
-    case 2:
-      return multiply_rows<2>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
-    default:
-      return multiply_rows<1>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+  } else {
+    switch (rows) {
+      case 6:
+        return multiply_rows<6>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+      case 5:
+        return multiply_rows<5>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+      case 4:
+        return multiply_rows<4>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+      case 3:
+        return multiply_rows<3>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+      case 2:
+        return multiply_rows<2>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+      default:
+        return multiply_rows<1>(a, a_stride, a_step, packed, cols, depth, start, c, c_stride);
+    }
   }
 }
 
 // As multiply, for any number of rows.
 template <typename O>
 static void multiply_all(const O* a, int64_t a_stride, const O* packed, int64_t rows, int64_t cols, int64_t depth,
-                         const float* start, float* c, int64_t c_stride, int64_t a_step = Panel<O>::kGrain) {
+                         const float* start, float* c, int64_t c_stride) {
   constexpr int kRows = Panel<O>::kRows;
   for (int64_t first = 0; first < rows; first += kRows) {
     multiply(a + first * a_stride, a_stride, packed, std::min<int64_t>(kRows, rows - first), cols, depth,
-             start ? start + first : nullptr, c + first * c_stride, c_stride, a_step);
+             start ? start + first : nullptr, c + first * c_stride, c_stride);
   }
 }
 
