@@ -39,6 +39,7 @@ def inputs(rows=(3,), outputs=7, size=33, bias=True, dtype=torch.float32):
         {"rows": (63,), "outputs": 129, "size": 65},
         {"rows": (2, 65), "outputs": 64, "size": 0},
         {"rows": (2, 389), "outputs": 300, "size": 34, "bias": False},
+        {"rows": (700,), "outputs": 451, "size": 1503},
         {"rows": ()},
         {"rows": (0,)},
         {"outputs": 0},
@@ -59,6 +60,20 @@ def test_every_level_of_instructions(monkeypatch, level, dtype):
         given = inputs(rows=(rows,), outputs=11, size=77, dtype=dtype)
         skip_if_refused(KERNELS, "cpp", *given)
         assert_matches(partial(ops.linear, backend="cpp"), linear_reference, *given)
+
+
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_many_rows_what_is_not_finite_stays_in_its_row_and_output(monkeypatch, level):
+    monkeypatch.setattr(native, "level", level)
+    x, weight, _ = inputs(rows=(333,), outputs=301, size=65, dtype=torch.bfloat16)
+    skip_if_refused(KERNELS, "cpp", x, weight, None)
+    x[332, 64], x[5, 0], weight[300, 64], weight[7, 1] = torch.nan, torch.inf, -torch.inf, torch.nan
+    with torch.no_grad():
+        y = ops.linear(x, weight, backend="cpp")
+    finite = torch.ones(333, 301, dtype=torch.bool)
+    finite[[332, 5]] = False
+    finite[:, [300, 7]] = False
+    assert torch.equal(y.isfinite(), finite)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -98,6 +113,28 @@ def test_few_rows_without_gradients_go_to_the_kernel_that_reads_fastest(monkeypa
         ops.linear(x, weight, bias)
     ops.linear(x, weight.requires_grad_(), bias)
     assert calls == ["linear_forward"]
+
+
+@pytest.mark.parametrize(
+    ("level", "dtype", "rows", "takes_ours"),
+    [
+        (2, torch.bfloat16, 512, False),
+        (3, torch.bfloat16, 17, True),
+        (3, torch.float32, 17, True),
+        (4, torch.bfloat16, 256, True),
+        (4, torch.bfloat16, 255, False),
+        (4, torch.float32, 256, False),
+    ],
+)
+def test_many_rows_go_to_the_kernel_where_it_is_the_fastest(monkeypatch, level, dtype, rows, takes_ours):
+    if native.cpp is None:
+        pytest.skip("vlcore was built without its C++ extension")
+    calls = []
+    monkeypatch.setattr(native, "level", level)
+    monkeypatch.setattr(native, "run_cpp", lambda kernel, *rest: calls.append(kernel))
+    with torch.no_grad():
+        ops.linear(*inputs(rows=(rows,), dtype=dtype))
+    assert calls == ["linear_blocked_forward"] * takes_ours
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,12 @@
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include <atomic>
+
 #ifndef VLCORE_LEVEL
 #define VLCORE_FILE "cpu/linear.cpp"
+#define VLCORE_MULTIPLIES_TILES
 #include "cpu/for_each_level.h"
 
 namespace vlcore {
@@ -44,9 +51,20 @@ static void linear_forward(const void* x, const void* weight, const void* bias, 
 }
 
 template <typename T>
+static auto write_to(void* c, int64_t stride) {
+  return [=](int64_t row, int64_t col, int64_t cols, float* sums) {
+    T* to = static_cast<T*>(c) + row * stride + col;
+    for_vecs(cols, [&](int64_t i, auto lanes) VLCORE_INLINED { store(to + i, load(sums + i, lanes), lanes); });
+  };
+}
+
+template <typename T>
 static void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
                                    int64_t rows, int64_t outputs, int64_t inputs, bool gelu) {
   const View<T> from{static_cast<const T*>(x), inputs, 1}, transposed{static_cast<const T*>(weight), 1, inputs};
+  if (!bias && !residual && !gelu) {
+    return matrix_product(from, transposed, rows, outputs, inputs, write_to<T>(y, outputs));
+  }
   matrix_product(from, transposed, rows, outputs, inputs, [=](int64_t row, int64_t col, int64_t cols, float* sums) {
     const int64_t at = row * outputs + col;
     for_vecs(cols, [&](int64_t i, auto lanes) VLCORE_INLINED {
@@ -57,14 +75,6 @@ static void linear_blocked_forward(const void* x, const void* weight, const void
       store(static_cast<T*>(y) + at + i, value, lanes);
     });
   });
-}
-
-template <typename T>
-static auto write_to(void* c, int64_t stride) {
-  return [=](int64_t row, int64_t col, int64_t cols, float* sums) {
-    T* to = static_cast<T*>(c) + row * stride + col;
-    for_vecs(cols, [&](int64_t i, auto lanes) VLCORE_INLINED { store(to + i, load(sums + i, lanes), lanes); });
-  };
 }
 
 template <typename T>

@@ -9,6 +9,7 @@ struct View {
   const T* data;
   int64_t row, col;
   const T* at(int64_t i, int64_t j) const { return data + i * row + j * col; }
+  View from(int64_t i, int64_t j) const { return {at(i, j), row, col}; }
 };
 
 // A block of C is summed over blocks of the depth. Of bfloat16, a packed block of B (256 KiB) and the block of C share
@@ -21,11 +22,21 @@ constexpr int64_t kBlockDepth = std::is_same_v<T, float> ? 256 : 1024;
 // Blocks that are worth splitting for, to keep the threads busy to the end.
 constexpr int64_t kBlocks = 16;
 
+// How many parts of at most `block` there are of `size`.
+constexpr int64_t parts(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
 // `size` in parts of at most `block`, as even as multiples of `grain` are.
 static int64_t even_block(int64_t size, int64_t block, int64_t grain) {
-  const int64_t parts = std::max<int64_t>((size + block - 1) / block, 1);
-  return std::max(round_up((size + parts - 1) / parts, grain), grain);
+  return std::max(round_up(parts(size, std::max<int64_t>(parts(size, block), 1)), grain), grain);
 }
+
+}  // namespace vlcore::VLCORE_LEVEL
+
+#if defined(VLCORE_AMX)
+#include "cpu/tile_product.h"
+#endif
+
+namespace vlcore::VLCORE_LEVEL {
 
 // As pack_transposed without a conversion, for whole vectors of columns.
 template <typename O>
@@ -95,7 +106,6 @@ struct Blocks {
 };
 
 static Blocks blocks_of(int64_t rows, int64_t cols, int64_t row_grain, int64_t col_grain) {
-  const auto parts = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
   int64_t height = even_block(rows, kBlockRows, row_grain), width = even_block(cols, kBlockCols, col_grain);
   if (parts(rows, height) * parts(cols, width) < kBlocks) width = col_grain;
   if (parts(rows, height) * parts(cols, width) < kBlocks) height = even_block(rows, kBlockRows / 4, row_grain);
@@ -106,6 +116,9 @@ static Blocks blocks_of(int64_t rows, int64_t cols, int64_t row_grain, int64_t c
 template <typename T, typename Finish>
 static void matrix_product(View<T> a, View<T> b, int64_t rows, int64_t cols, int64_t depth, const Finish& finish) {
   using O = Operand<T>;
+#if defined(VLCORE_AMX)
+  if constexpr (kInTiles<O>) return matrix_product_in_tiles(a, b, rows, cols, depth, finish);
+#endif
   constexpr int64_t kWidth = Panel<O>::kWidth, kRows = Panel<O>::kRows;
   // A group of rows lies within one panel of a packed copy.
   const int64_t panel_rows = a.col == 1 ? kRows : kWidth;
