@@ -91,7 +91,7 @@ template <typename T>
 static void attend_in_tiles(ForwardBlock<T>& block, int64_t first, const PackedLanes<Operand<T>>& keys,
                             const PackedLanes<Operand<T>>& values) {
   using O = Operand<T>;
-  constexpr int64_t kWidth = Panel<O>::kWidth, kStride = ForwardBlock<T>::kStride;
+  constexpr int64_t kStride = ForwardBlock<T>::kStride;
   // Lanes [added, weighed) wait for their values.
   int64_t added = 0, weighed = 0;
   const auto add_values = [&] {

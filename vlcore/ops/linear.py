@@ -9,18 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
-from vlcore.ops import checks
+from vlcore.ops import checks, products
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, needs_gradient, once_differentiable
 
 # Rows up to which a kernel is a reading of the weight.
 MAX_ROWS = 16
-# The instructions of csrc/kernels.h from which the blocks of many rows are worthwhile, and what a layer has to cost, in
-# multiplications, before its gradients are worth an autograd function in Python.
-_BLOCKED_LEVEL = 3
+# What a layer of many rows has to cost, in multiplications, before its gradients are worth an autograd function in
+# Python.
 _BLOCKED_WORK = 1 << 22
-# With AMX they are of whole tiles of bfloat16, and the packing of the weight takes so many rows to pay.
-_TILE_LEVEL = 4
-_TILE_ROWS = 256
 
 
 def linear_reference(
@@ -124,9 +120,7 @@ def _cpp_worthwhile(x, weight, bias, residual=None, activation=None) -> bool:
     recorded = needs_gradient(x, weight, bias, residual)
     if num_rows(x) <= MAX_ROWS:
         return weight.is_contiguous() and not recorded
-    if native.level < _BLOCKED_LEVEL:
-        return False
-    if native.level == _TILE_LEVEL and (x.dtype != torch.bfloat16 or num_rows(x) < _TILE_ROWS):
+    if not products.ours_are_faster(x.dtype, num_rows(x)):
         return False
     return not recorded or num_rows(x) * weight.shape[0] * weight.shape[1] >= _BLOCKED_WORK
 

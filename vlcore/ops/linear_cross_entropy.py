@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import checks, products
 from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -123,7 +123,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             scale = grad_loss if checks.may_read(grad_loss) else grad_loss.reshape(1)
             # A head's gradient is large, and made twice only where this backward may be run again.
             again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = [torch.mul(g, scale, out=torch.empty_like(g) if again else g) for g in ctx.saved_tensors]
+            grads = ctx.saved_tensors
+            if again or not (checks.may_read(grad_loss) and grad_loss == 1):
+                grads = [torch.mul(g, scale, out=torch.empty_like(g) if again else g) for g in grads]
         else:
             _, *grads = linear_cross_entropy_forward(
                 *ctx.saved_tensors, grad_loss.contiguous(), ctx.ignore_index, *ctx.needs, ctx.backend
@@ -153,7 +155,7 @@ def _cpp_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, 
     if len(supervised) < len(labels):
         x, label, scale = x[supervised], label[supervised], scale[supervised]
     grad_x = torch.empty_like(x) if needs_hidden else hidden.new_empty(0)
-    grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    grad_weight = native.fresh(torch.empty_like(weight)) if needs_weight else weight.new_empty(0)
     # The gradient of the weight is written last. Until then it has room for the logits if there are fewer rows than
     # each is wide; if not, the logits are computed twice.
     kept = grad_weight.view(-1) if needs_weight and x.shape[0] <= x.shape[1] else None
@@ -192,14 +194,14 @@ def _softmax(weight, kept, start, grad_x, x, label, scale, losses, largest, tota
     if grad_x is not None:
         sums, product = x.new_zeros(x.shape, dtype=torch.float32), torch.empty_like(x)
     for first, block in _blocks(weight):
-        logits = torch.mm(block, x.t(), out=_place(kept, room, first, block, x, start))
+        logits = products.a_bt(block, x, _place(kept, room, first, block, x, start))
         numerators = None if grad_x is None else _place(None, room, first, block, x, start)
         # The logit of the label comes first, and then its loss.
         known = (largest, total, losses, factor)
         native.run_cpp("softmax_block", x.dtype, logits, label, numerators, *known, first, *logits.shape)
         if numerators is not None:
             # As attention does over blocks of keys, with the words as keys and as values.
-            torch.mm(numerators.t(), block, out=product)
+            products.at_b(numerators, block, product)
             native.run_cpp("add_scaled_rows", x.dtype, product, factor, sums, *x.shape)
     torch.add(largest - losses, total.log(), out=losses)
     if grad_x is not None:
@@ -214,7 +216,7 @@ def _write_grad_weight(x, weight, label, scale, kept, largest, total, grad_weigh
         for rows in _groups(x):
             logits = _place(kept, room, first, block, x[rows], rows.start)
             if kept is None:
-                torch.mm(block, x[rows].t(), out=logits)
+                products.a_bt(block, x[rows], logits)
             given = (logits, label[rows], largest[rows], total[rows], scale[rows], grad_logits[:, rows])
             native.run_cpp("cross_entropy_grad_logits", x.dtype, *given, len(x), first, *logits.shape)
         _multiply(grad_logits[: len(block)], x, grad_weight[first : first + len(block)])
@@ -222,10 +224,12 @@ def _write_grad_weight(x, weight, label, scale, kept, largest, total, grad_weigh
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b. float32 products of torch sum one after the other, with errors that grow: here only in tiles."""
-    tile = _TILE_ROWS if out.dtype == torch.float32 else len(b)
-    torch.mm(a[:, :tile], b[:tile], out=out)
-    for first in range(tile, len(b), tile or 1):
-        out.addmm_(a[:, first : first + tile], b[first : first + tile])
+    if out.dtype != torch.float32 or products.ours_are_faster(a.dtype, len(a)):
+        products.a_b(a, b, out)
+        return
+    torch.mm(a[:, :_TILE_ROWS], b[:_TILE_ROWS], out=out)
+    for first in range(_TILE_ROWS, len(b), _TILE_ROWS):
+        out.addmm_(a[:, first : first + _TILE_ROWS], b[first : first + _TILE_ROWS])
 
 
 # In order of preference; without backwards, as a forward gives the gradients.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import checks, products
 from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, needs_gradient, once_differentiable
 from vlcore.ops.linear import MAX_ROWS, num_rows
 
@@ -193,7 +193,7 @@ def _cpp_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None
 
 def _cpp_forward(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     if num_rows(x) > MAX_ROWS:
-        return F.linear(x, _cpp_dequantize(values, scales, bits, x.shape[-1], x.dtype), bias)
+        return products.linear(x, _cpp_dequantize(values, scales, bits, x.shape[-1], x.dtype), bias)
     y = x.new_empty(*x.shape[:-1], values.shape[0])
     given = (x, values.contiguous(), scales.contiguous(), bias, y)
     sizes = (num_rows(x), values.shape[0], x.shape[-1], scales.shape[1], bits)
