@@ -118,9 +118,9 @@ void linear_forward(const void* x, const void* weight, const void* bias, void* y
                     int64_t inputs, Target target);
 
 // The same for many rows, y = activation(x weight^T + bias) + residual, where the activation is GELU with the exact
-// erf, or none; residual (rows, outputs) or null.
+// erf, or none; residual (rows, outputs) or null. The rows of y are y_stride elements apart.
 void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
-                            int64_t rows, int64_t outputs, int64_t inputs, bool gelu, Target target);
+                            int64_t rows, int64_t outputs, int64_t inputs, int64_t y_stride, bool gelu, Target target);
 
 // grad_x (rows, inputs) = grad_y (rows, outputs) weight, and grad_weight (outputs, inputs) = grad_y^T x.
 void linear_grad_x(const void* grad_y, const void* weight, void* grad_x, int64_t rows, int64_t outputs, int64_t inputs,

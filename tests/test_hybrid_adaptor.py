@@ -12,7 +12,7 @@ from operators import (
     skip_if_refused,
 )
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.ops.hybrid_adaptor import KERNELS, HybridAdaptor, hybrid_adaptor_reference
 
 BACKENDS = [*KERNELS, "torch"]
@@ -52,6 +52,16 @@ def test_tiles_of_more_rows_than_one_group_and_nothing_beyond_the_tensors(backen
     given = inputs(1100, widths=(3, 34), projected=(70, 66), out=3)
     skip_if_refused(KERNELS, backend, *given)
     assert_matches(through_op(backend), hybrid_adaptor_reference, *(amid_nan(tensor) for tensor in given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", range(native.level + 1))
+def test_every_level_of_instructions(monkeypatch, level, dtype):
+    monkeypatch.setattr(native, "level", level)
+    for rows in (1, 70):
+        given = inputs(rows, widths=(65, 34), projected=(35, 66), out=77, dtype=dtype)
+        skip_if_refused(KERNELS, "cpp", *given)
+        assert_matches(through_op("cpp"), hybrid_adaptor_reference, *given)
 
 
 def test_reference_is_the_formula():

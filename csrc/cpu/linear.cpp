@@ -17,8 +17,8 @@ void linear_forward(const void* x, const void* weight, const void* bias, void* y
 }
 
 void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
-                            int64_t rows, int64_t outputs, int64_t inputs, bool gelu, Target target) {
-  VLCORE_RUN(target, linear_blocked_forward, x, weight, bias, residual, y, rows, outputs, inputs, gelu);
+                            int64_t rows, int64_t outputs, int64_t inputs, int64_t y_stride, bool gelu, Target target) {
+  VLCORE_RUN(target, linear_blocked_forward, x, weight, bias, residual, y, rows, outputs, inputs, y_stride, gelu);
 }
 
 void linear_grad_x(const void* grad_y, const void* weight, void* grad_x, int64_t rows, int64_t outputs, int64_t inputs,
@@ -60,19 +60,19 @@ static auto write_to(void* c, int64_t stride) {
 
 template <typename T>
 static void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
-                                   int64_t rows, int64_t outputs, int64_t inputs, bool gelu) {
+                                   int64_t rows, int64_t outputs, int64_t inputs, int64_t y_stride, bool gelu) {
   const View<T> from{static_cast<const T*>(x), inputs, 1}, transposed{static_cast<const T*>(weight), 1, inputs};
   if (!bias && !residual && !gelu) {
-    return matrix_product(from, transposed, rows, outputs, inputs, write_to<T>(y, outputs));
+    return matrix_product(from, transposed, rows, outputs, inputs, write_to<T>(y, y_stride));
   }
   matrix_product(from, transposed, rows, outputs, inputs, [=](int64_t row, int64_t col, int64_t cols, float* sums) {
-    const int64_t at = row * outputs + col;
+    T* to = static_cast<T*>(y) + row * y_stride + col;
     for_vecs(cols, [&](int64_t i, auto lanes) VLCORE_INLINED {
       Vec value = load(sums + i, lanes);
       if (bias) value += load(static_cast<const T*>(bias) + col + i, lanes);
       if (gelu) value = VLCORE_LEVEL::gelu(value);
-      if (residual) value += load(static_cast<const T*>(residual) + at + i, lanes);
-      store(static_cast<T*>(y) + at + i, value, lanes);
+      if (residual) value += load(static_cast<const T*>(residual) + row * outputs + col + i, lanes);
+      store(to + i, value, lanes);
     });
   });
 }

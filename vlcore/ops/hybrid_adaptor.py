@@ -6,8 +6,9 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import checks, products
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
+from vlcore.ops.linear import linear_backward, linear_forward, num_rows
 
 
 def hybrid_adaptor_reference(
@@ -47,7 +48,7 @@ def hybrid_adaptor(
         low: (..., T, Cl), the low-resolution tower's.
         high_weight, high_bias: (Dh, Ch), (Dh,); low_weight, low_bias: (Dl, Cl), (Dl,).
         out_weight, out_bias: (D, Dh + Dl), (D,). All are of high's dtype.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
         (..., T, D), of high's dtype.
@@ -100,6 +101,42 @@ class HybridAdaptor(torch.autograd.Function):
         return *grads, None
 
 
+def _cpp_refusals(high: Tensor, *rest: Tensor) -> list[str]:
+    return native.cpp_refusals(high)
+
+
+def _cpp_worthwhile(high: Tensor, *rest: Tensor) -> bool:
+    return products.ours_are_faster(high.dtype, num_rows(high))
+
+
+def _cpp_forward(high, low, high_weight, high_bias, low_weight, low_bias, out_weight, out_bias):
+    hidden = high.new_empty(*high.shape[:-1], out_weight.shape[1])
+    # Each projection is written into its half.
+    split = high_weight.shape[0]
+    for x, weight, bias, half in (
+        (high, high_weight, high_bias, hidden[..., :split]),
+        (low, low_weight, low_bias, hidden[..., split:]),
+    ):
+        sizes = (num_rows(x), *weight.shape, hidden.shape[-1])
+        native.run_cpp("linear_blocked_forward", x.dtype, x, weight, bias, None, half, *sizes, False)
+    return linear_forward(F.gelu(hidden), out_weight, out_bias, None, None, "cpp"), hidden
+
+
+def _cpp_backward(grad_out, high, low, high_weight, low_weight, out_weight, hidden):
+    grad_activated, *grad_out_layer = _cpp_layer_backward(grad_out, F.gelu(hidden), out_weight)
+    grad_hidden = torch.ops.aten.gelu_backward(grad_activated, hidden)
+    grad_high_half, grad_low_half = grad_hidden.split((high_weight.shape[0], low_weight.shape[0]), -1)
+    grad_high, *grad_high_layer = _cpp_layer_backward(grad_high_half.contiguous(), high, high_weight)
+    grad_low, *grad_low_layer = _cpp_layer_backward(grad_low_half.contiguous(), low, low_weight)
+    return grad_high, grad_low, *grad_high_layer, *grad_low_layer, *grad_out_layer
+
+
+def _cpp_layer_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a linear layer's input, weight and bias."""
+    grad_bias = grad_y.reshape(num_rows(grad_y), grad_y.shape[-1]).sum(0)
+    return *linear_backward(grad_y, x, weight, True, True, "cpp"), grad_bias
+
+
 # In order of preference.
 KERNELS = {
     "triton": Kernel(
@@ -107,7 +144,8 @@ KERNELS = {
         native.triton("hybrid_adaptor", "backward"),
         launch.dot_refusals,
         launch.worthwhile,
-    )
+    ),
+    "cpp": Kernel(_cpp_forward, _cpp_backward, _cpp_refusals, _cpp_worthwhile),
 }
 
 

@@ -131,7 +131,8 @@ def _cpp_forward(x: Tensor, weight: Tensor, bias, residual, activation) -> Tenso
     if sizes[0] <= MAX_ROWS:
         native.run_cpp("linear_forward", x.dtype, x, weight, bias, y, *sizes)
         return y if residual is None and activation is None else _behind(y, residual, activation)
-    native.run_cpp("linear_blocked_forward", x.dtype, x, weight, bias, residual, y, *sizes, activation == "gelu")
+    given = (x, weight, bias, residual, y)
+    native.run_cpp("linear_blocked_forward", x.dtype, *given, *sizes, weight.shape[0], activation == "gelu")
     return y
 
 

@@ -26,7 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not ours_are_faster(x.dtype, rows):
         return F.linear(x, weight, bias)
     y = native.fresh(x.new_empty(*x.shape[:-1], weight.shape[0]))
-    native.run_cpp("linear_blocked_forward", x.dtype, x.contiguous(), weight, bias, None, y, rows, *weight.shape, False)
+    given = (x.contiguous(), weight, bias, None, y)
+    native.run_cpp("linear_blocked_forward", x.dtype, *given, rows, *weight.shape, weight.shape[0], False)
     return y
 
 
@@ -34,7 +35,8 @@ def a_bt(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out (M, N) = a (M, K) b (N, K)^T; all are contiguous."""
     if not ours_are_faster(a.dtype, a.shape[0]):
         return torch.mm(a, b.t(), out=out)
-    native.run_cpp("linear_blocked_forward", a.dtype, a, b, None, None, out, *out.shape, a.shape[1], False)
+    sizes = (*out.shape, a.shape[1])
+    native.run_cpp("linear_blocked_forward", a.dtype, a, b, None, None, out, *sizes, out.shape[1], False)
     return out
 
 
