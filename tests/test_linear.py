@@ -116,24 +116,26 @@ def test_few_rows_without_gradients_go_to_the_kernel_that_reads_fastest(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("level", "dtype", "rows", "takes_ours"),
+    ("level", "dtype", "rows", "outputs", "size", "takes_ours"),
     [
-        (2, torch.bfloat16, 512, False),
-        (3, torch.bfloat16, 17, True),
-        (3, torch.float32, 17, True),
-        (4, torch.bfloat16, 256, True),
-        (4, torch.bfloat16, 255, False),
-        (4, torch.float32, 256, False),
+        (2, torch.bfloat16, 512, 512, 512, False),
+        (3, torch.bfloat16, 17, 8, 8, True),
+        (3, torch.float32, 17, 8, 8, True),
+        (4, torch.bfloat16, 256, 128, 384, True),
+        (4, torch.bfloat16, 255, 128, 384, False),
+        (4, torch.bfloat16, 256, 127, 384, False),
+        (4, torch.bfloat16, 256, 128, 383, False),
+        (4, torch.float32, 256, 128, 384, False),
     ],
 )
-def test_many_rows_go_to_the_kernel_where_it_is_the_fastest(monkeypatch, level, dtype, rows, takes_ours):
+def test_many_rows_go_to_the_kernel_where_it_is_faster(monkeypatch, level, dtype, rows, outputs, size, takes_ours):
     if native.cpp is None:
         pytest.skip("vlcore was built without its C++ extension")
     calls = []
     monkeypatch.setattr(native, "level", level)
     monkeypatch.setattr(native, "run_cpp", lambda kernel, *rest: calls.append(kernel))
     with torch.no_grad():
-        ops.linear(*inputs(rows=(rows,), dtype=dtype))
+        ops.linear(*inputs(rows=(rows,), outputs=outputs, size=size, dtype=dtype))
     assert calls == ["linear_blocked_forward"] * takes_ours
 
 

@@ -3,6 +3,8 @@
 #endif
 
 #include <atomic>
+#include <cstdlib>
+#include <new>
 
 #ifndef VLCORE_LEVEL
 #define VLCORE_FILE "cpu/linear.cpp"
@@ -62,6 +64,7 @@ template <typename T>
 static void linear_blocked_forward(const void* x, const void* weight, const void* bias, const void* residual, void* y,
                                    int64_t rows, int64_t outputs, int64_t inputs, int64_t y_stride, bool gelu) {
   const View<T> from{static_cast<const T*>(x), inputs, 1}, transposed{static_cast<const T*>(weight), 1, inputs};
+  // With less to look at for each row it is several percent faster.
   if (!bias && !residual && !gelu) {
     return matrix_product(from, transposed, rows, outputs, inputs, write_to<T>(y, y_stride));
   }

@@ -1,16 +1,12 @@
-// Matrix products of many rows, blocked for the caches, at one level; included by a kernel's file within its level.
+// Matrix products of many rows, blocked for the caches, at one level; included by a kernel's file within its level. The
+// file reads <atomic> and <omp.h> for those in tiles.
 #include "cpu/panels.h"
+#include "cpu/views.h"
+#if defined(VLCORE_AMX)
+#include "cpu/tile_product.h"
+#endif
 
 namespace vlcore::VLCORE_LEVEL {
-
-// Element (i, j) stands at i * row + j * col; one of the two is 1.
-template <typename T>
-struct View {
-  const T* data;
-  int64_t row, col;
-  const T* at(int64_t i, int64_t j) const { return data + i * row + j * col; }
-  View from(int64_t i, int64_t j) const { return {at(i, j), row, col}; }
-};
 
 // A block of C is summed over blocks of the depth. Of bfloat16, a packed block of B (256 KiB) and the block of C share
 // the second-level cache, and six rows of A the first.
@@ -21,22 +17,6 @@ template <typename T>
 constexpr int64_t kBlockDepth = std::is_same_v<T, float> ? 256 : 1024;
 // Blocks that are worth splitting for, to keep the threads busy to the end.
 constexpr int64_t kBlocks = 16;
-
-// How many parts of at most `block` there are of `size`.
-constexpr int64_t parts(int64_t size, int64_t block) { return (size + block - 1) / block; }
-
-// `size` in parts of at most `block`, as even as multiples of `grain` are.
-static int64_t even_block(int64_t size, int64_t block, int64_t grain) {
-  return std::max(round_up(parts(size, std::max<int64_t>(parts(size, block), 1)), grain), grain);
-}
-
-}  // namespace vlcore::VLCORE_LEVEL
-
-#if defined(VLCORE_AMX)
-#include "cpu/tile_product.h"
-#endif
-
-namespace vlcore::VLCORE_LEVEL {
 
 // As pack_transposed without a conversion, for whole vectors of columns.
 template <typename O>

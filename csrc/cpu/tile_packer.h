@@ -70,6 +70,7 @@ class StripTiles {
 
   int64_t left() const { return left_; }
 
+  // Not inlined: a product calls it in its inner loop, whose registers are few.
   __attribute__((noinline)) Tile next() {
     const int64_t row = half_ * kTileSide, depth = step_ * kTileDepth;
     Tile tile{from_.at(row, depth), from_.col == 1 ? from_.row : from_.col, to_ + (2 * step_ + half_) * kTileSize};

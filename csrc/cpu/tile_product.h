@@ -1,8 +1,8 @@
 // Matrix products of many rows in tiles (AMX), at one level; included by matrix_product.h.
 //
 // C is computed in parts of 32 x 32, two tiles by two: a tile that is loaded is multiplied twice. Columns of B are
-// packed as tiles, as many as the second-level cache holds well, and read from there past the first. A's rows pass by
-// them in strips of 32, of which a block of the depth stays in the first-level cache.
+// packed as tiles, as many as the second-level cache holds well, and read from there past the first-level one. A's rows
+// pass by them in strips of 32, of which a block of the depth stays in the first-level cache.
 //
 // The tile unit needs 64 cycles for a step, 32 of the depth of a part, and leaves the core nearly idle. So whatever
 // else there is to do is done between its steps, a little at each: the sums of the part before are added to those of
@@ -17,19 +17,29 @@ constexpr int64_t kPackedSize = 768 * 1024 / sizeof(bfloat16), kPackedDepth = 14
 // Of a strip, 32 KiB of the first-level cache's 48: what else is read and written needs the rest.
 constexpr int64_t kStripDepth = 512;
 // The most rows that pass by before other columns are packed: where the depth is in blocks, sums of all are kept.
-constexpr int64_t kPassingRows = 640;
-// Blocks of columns are not made smaller than this only for the threads to have as many each.
-constexpr int64_t kEvenCols = 256;
+constexpr int64_t kMostRows = 640;
+// The most columns, where the depth leaves room for more.
+constexpr int64_t kMostCols = 640;
+// The fewest that rows and columns are cut to for the threads to have as many blocks each.
+constexpr int64_t kFewestRows = 128, kFewestCols = 256;
 
-// Memory that a thread keeps from product to product: page by page it would take as long to get as a product does.
+// Memory on a huge page that a thread keeps from product to product: page by page it would take as long to get as a
+// product does.
 static unsigned char* kept_memory(int64_t size) {
+  struct Free {
+    void operator()(unsigned char* memory) const { std::free(memory); }
+  };
   struct Kept {
-    std::unique_ptr<unsigned char[]> memory;
+    std::unique_ptr<unsigned char, Free> memory;
     int64_t size = 0;
   };
+  constexpr int64_t kHugePage = 2 << 20;
   static thread_local Kept kept;
   if (kept.size < size) {
-    kept.memory.reset(new unsigned char[size]);
+    kept.size = 0;
+    size = round_up(size, kHugePage);
+    kept.memory.reset(static_cast<unsigned char*>(std::aligned_alloc(kHugePage, size)));
+    if (!kept.memory) throw std::bad_alloc();
     kept.size = size;
     prefer_huge_pages(kept.memory.get(), size);
   }
@@ -74,12 +84,14 @@ struct TilePlan {
     // The depth alone decides in which order its sums are added; the rest depends on the threads.
     depth_block = even_block(depth, kPackedDepth, kTileDepth);
     strip_depth = even_block(depth_block, kStripDepth, kTileDepth);
-    const int64_t threads = omp_get_max_threads(), most = std::min(kPackedSize / depth_block, kPassingRows);
-    const int64_t even = std::max<int64_t>(round_up(parts(cols, most), threads), 1);
-    col_block = even_block(cols, std::min(most, std::max(parts(cols, even), kEvenCols)), kStrip);
+    const int64_t threads = omp_get_max_threads(), most = std::min(kPackedSize / depth_block, kMostCols);
+    // Columns are cut for the threads only where there are too few rows to go round: each block packs all of A.
+    const bool goes_round = rows >= 2 * kFewestRows * threads;
+    const int64_t even = std::max<int64_t>(round_up(parts(cols, most), goes_round ? 1 : threads), 1);
+    col_block = even_block(cols, std::min(most, std::max(parts(cols, even), kFewestCols)), kStrip);
     // Each block of rows has columns packed anew where the depth is in blocks.
     const int64_t wanted = parts((is_whole() ? 4 : 1) * threads, std::max<int64_t>(col_blocks(), 1));
-    row_block = even_block(rows, std::min(std::max(parts(rows, wanted), kEvenCols / 2), kPassingRows), kStrip);
+    row_block = even_block(rows, std::min(std::max(parts(rows, wanted), kFewestRows), kMostRows), kStrip);
   }
   int64_t col_blocks() const { return parts(cols, col_block); }
   int64_t row_blocks() const { return parts(rows, row_block); }
@@ -97,8 +109,7 @@ class TileProduct {
     const int64_t packed_size = plan.col_block * plan.depth_block, strip_size = kStrip * plan.depth_block;
     const int64_t operands = (packed_size + 2 * strip_size) * int64_t{sizeof(bfloat16)};
     const int64_t sums = (plan.sums_size() + kStrip * kStrip + kStrip) * int64_t{sizeof(float)};
-    unsigned char* memory = kept_memory(operands + sums + 64);
-    memory += -reinterpret_cast<uintptr_t>(memory) % 64;
+    unsigned char* memory = kept_memory(operands + sums);
     packed_ = reinterpret_cast<bfloat16*>(memory);
     strips_[0] = packed_ + packed_size;
     strips_[1] = strips_[0] + strip_size;

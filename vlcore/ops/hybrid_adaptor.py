@@ -106,7 +106,8 @@ def _cpp_refusals(high: Tensor, *rest: Tensor) -> list[str]:
 
 
 def _cpp_worthwhile(high: Tensor, *rest: Tensor) -> bool:
-    return products.ours_are_faster(high.dtype, num_rows(high))
+    out_weight = rest[-2]
+    return products.ours_are_faster(high.dtype, num_rows(high), *out_weight.shape)
 
 
 def _cpp_forward(high, low, high_weight, high_bias, low_weight, low_bias, out_weight, out_bias):

@@ -120,7 +120,9 @@ def _cpp_worthwhile(x, weight, bias, residual=None, activation=None) -> bool:
     recorded = needs_gradient(x, weight, bias, residual)
     if num_rows(x) <= MAX_ROWS:
         return weight.is_contiguous() and not recorded
-    if not products.ours_are_faster(x.dtype, num_rows(x)):
+    # The products of the gradients are as deep as the outputs are many, and the rows.
+    depth = max(weight.shape) if recorded else weight.shape[1]
+    if not products.ours_are_faster(x.dtype, num_rows(x), weight.shape[0], depth):
         return False
     return not recorded or num_rows(x) * weight.shape[0] * weight.shape[1] >= _BLOCKED_WORK
 

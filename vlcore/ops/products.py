@@ -6,24 +6,25 @@ from torch import Tensor
 
 from vlcore import native
 
-# The instructions of csrc/kernels.h from which ours are faster. From those for AMX on they are of whole tiles of
-# bfloat16, and the packing of the second matrix takes so many rows to pay.
-_LEVEL = 3
-_TILE_LEVEL = 4
-_TILE_ROWS = 256
+# Of the instructions in csrc/kernels.h: those for which ours are faster in any dtype, without AMX; and those with it, for
+# which they are of whole tiles of bfloat16, and torch's are faster in float32 and where little is multiplied by what has
+# to be packed or finished.
+_DOTS, _TILES = 3, 4
+_FEWEST_ROWS, _FEWEST_COLS, _LEAST_DEPTH = 256, 128, 384
 
 
-def ours_are_faster(dtype: torch.dtype, rows: int) -> bool:
-    """Whether ours are the faster ones for so many rows of the first matrix."""
-    if native.level == _TILE_LEVEL:
-        return dtype == torch.bfloat16 and rows >= _TILE_ROWS
-    return native.level == _LEVEL
+def ours_are_faster(dtype: torch.dtype, rows: int, cols: int, depth: int) -> bool:
+    """Whether ours are the faster ones for (rows, depth) times (depth, cols)."""
+    if native.level == _TILES:
+        is_large = rows >= _FEWEST_ROWS and cols >= _FEWEST_COLS and depth >= _LEAST_DEPTH
+        return dtype == torch.bfloat16 and is_large
+    return native.level == _DOTS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times weight (N, K)^T, plus bias: (..., N)."""
+    """x (..., K) times weight (N, K)^T, plus bias: (..., N); weight and bias are contiguous."""
     rows = native.rows(x)[0]
-    if not ours_are_faster(x.dtype, rows):
+    if not ours_are_faster(x.dtype, rows, *weight.shape):
         return F.linear(x, weight, bias)
     y = native.fresh(x.new_empty(*x.shape[:-1], weight.shape[0]))
     given = (x.contiguous(), weight, bias, None, y)
@@ -33,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def a_bt(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out (M, N) = a (M, K) b (N, K)^T; all are contiguous."""
-    if not ours_are_faster(a.dtype, a.shape[0]):
+    if not _in_bfloat16(a, *out.shape, a.shape[1]):
         return torch.mm(a, b.t(), out=out)
     sizes = (*out.shape, a.shape[1])
     native.run_cpp("linear_blocked_forward", a.dtype, a, b, None, None, out, *sizes, out.shape[1], False)
@@ -42,7 +43,7 @@ def a_bt(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def a_b(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out (M, N) = a (M, K) b (K, N); all are contiguous."""
-    if not ours_are_faster(a.dtype, a.shape[0]):
+    if not _in_bfloat16(a, *out.shape, a.shape[1]):
         return torch.mm(a, b, out=out)
     native.run_cpp("linear_grad_x", a.dtype, a, b, out, *a.shape, b.shape[1])
     return out
@@ -50,7 +51,12 @@ def a_b(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def at_b(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out (M, N) = a (K, M)^T b (K, N); all are contiguous."""
-    if not ours_are_faster(a.dtype, a.shape[1]):
+    if not _in_bfloat16(a, *out.shape, a.shape[0]):
         return torch.mm(a.t(), b, out=out)
     native.run_cpp("linear_grad_weight", a.dtype, a, b, out, *a.shape, b.shape[1])
     return out
+
+
+def _in_bfloat16(a: Tensor, *sizes: int) -> bool:
+    """Of products of many blocks, as the loss has them, those of float32 are torch's."""
+    return a.dtype == torch.bfloat16 and ours_are_faster(a.dtype, *sizes)
