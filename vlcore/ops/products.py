@@ -6,9 +6,9 @@ from torch import Tensor
 
 from vlcore import native
 
-# Of the instructions in csrc/kernels.h: those for which ours are faster in any dtype, without AMX; and those with it, for
-# which they are of whole tiles of bfloat16, and torch's are faster in float32 and where little is multiplied by what has
-# to be packed or finished.
+# Of the instructions in csrc/kernels.h: those with which ours are faster in any dtype; and AMX, with which they are of
+# whole tiles of bfloat16, and torch's are faster in float32, and where little is multiplied by what has to be packed or
+# finished.
 _DOTS, _TILES = 3, 4
 _FEWEST_ROWS, _FEWEST_COLS, _LEAST_DEPTH = 256, 128, 384
 
