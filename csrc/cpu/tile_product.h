@@ -85,8 +85,8 @@ struct TilePlan {
     depth_block = even_block(depth, kPackedDepth, kTileDepth);
     strip_depth = even_block(depth_block, kStripDepth, kTileDepth);
     const int64_t threads = omp_get_max_threads(), most = std::min(kPackedSize / depth_block, kMostCols);
-    // Columns are cut for the threads only where there are too few rows to go round: each block packs all of A.
-    const bool goes_round = rows >= 2 * kFewestRows * threads;
+    // Columns are cut for the threads only where blocks of rows do not go round: each block of columns packs all of A.
+    const bool goes_round = is_whole() && rows >= 2 * kFewestRows * threads;
     const int64_t even = std::max<int64_t>(round_up(parts(cols, most), goes_round ? 1 : threads), 1);
     col_block = even_block(cols, std::min(most, std::max(parts(cols, even), kFewestCols)), kStrip);
     // Each block of rows has columns packed anew where the depth is in blocks.
