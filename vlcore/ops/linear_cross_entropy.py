@@ -120,11 +120,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.reduced:
             # A loss scale may lie outside of a narrow dtype's range. Eager torch takes a number on the CPU as it is;
             # elsewhere one dimension makes it widen the product.
-            scale = grad_loss if checks.may_read(grad_loss) else grad_loss.reshape(1)
+            may_read = checks.may_read(grad_loss)
+            scale = grad_loss if may_read else grad_loss.reshape(1)
             # A head's gradient is large, and made twice only where this backward may be run again.
             again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
             grads = ctx.saved_tensors
-            if again or not (checks.may_read(grad_loss) and grad_loss == 1):
+            if again or not (may_read and grad_loss == 1):
                 grads = [torch.mul(g, scale, out=torch.empty_like(g) if again else g) for g in grads]
         else:
             _, *grads = linear_cross_entropy_forward(

@@ -1,7 +1,6 @@
 """Matrix products of many rows on the CPU, by ours where they are faster than torch's."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
@@ -19,17 +18,6 @@ def ours_are_faster(dtype: torch.dtype, rows: int, cols: int, depth: int) -> boo
         is_large = rows >= _FEWEST_ROWS and cols >= _FEWEST_COLS and depth >= _LEAST_DEPTH
         return dtype == torch.bfloat16 and is_large
     return native.level == _DOTS
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times weight (N, K)^T, plus bias: (..., N); weight and bias are contiguous."""
-    rows = native.rows(x)[0]
-    if not ours_are_faster(x.dtype, rows, *weight.shape):
-        return F.linear(x, weight, bias)
-    y = native.fresh(x.new_empty(*x.shape[:-1], weight.shape[0]))
-    given = (x.contiguous(), weight, bias, None, y)
-    native.run_cpp("linear_blocked_forward", x.dtype, *given, rows, *weight.shape, weight.shape[0], False)
-    return y
 
 
 def a_bt(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks, products
-from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, needs_gradient, once_differentiable
-from vlcore.ops.linear import MAX_ROWS, num_rows
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, needs_gradient, once_differentiable
+from vlcore.ops.linear import MAX_ROWS, linear_forward, num_rows
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -193,7 +193,9 @@ def _cpp_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None
 
 def _cpp_forward(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     if num_rows(x) > MAX_ROWS:
-        return products.linear(x, _cpp_dequantize(values, scales, bits, x.shape[-1], x.dtype), bias)
+        weight = _cpp_dequantize(values, scales, bits, x.shape[-1], x.dtype)
+        ours = products.ours_are_faster(x.dtype, num_rows(x), *weight.shape)
+        return linear_forward(x, weight, bias, None, None, "cpp" if ours else TORCH)
     y = x.new_empty(*x.shape[:-1], values.shape[0])
     given = (x, values.contiguous(), scales.contiguous(), bias, y)
     sizes = (num_rows(x), values.shape[0], x.shape[-1], scales.shape[1], bits)
