@@ -15,9 +15,10 @@ def pytest_configure():
     from vlcore.kernels import launch
 
     if launch.AVAILABLE and launch.INTERPRETED:
-        from interpreter import patch_once, teach_bfloat16
+        from interpreter import count_with_numpy, patch_once, teach_bfloat16
 
         teach_bfloat16()
+        count_with_numpy()
         patch_once()
 
 

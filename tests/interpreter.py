@@ -1,5 +1,5 @@
-"""Triton's interpreter, taught to compute in bfloat16 and to leave no traces. It holds such numbers as 16-bit integers:
-left to itself it truncates where a GPU rounds, and adds and multiplies the integers."""
+"""Triton's interpreter, taught to compute in bfloat16, to leave no traces and to count with today's numpy. It holds
+bfloat16 as 16-bit integers: left to itself it truncates where a GPU rounds, and adds and multiplies the integers."""
 
 import numpy as np
 import triton.language as tl
@@ -68,6 +68,18 @@ def teach_bfloat16() -> None:
     for method in (cast_impl, create_fp_to_fp, unary_op, binary_op, create_dot, get_bf16):
         setattr(builder, method.__name__, method)
     launch.BFLOAT16_INTERPRETED = True
+
+
+def count_with_numpy() -> None:
+    """From now on a number that a kernel has loaded or computed may bound its loops: it is an array of one, which since
+    numpy 2.5 is no int by itself, as Triton 3.6 still takes it for."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def patch_once() -> None:
