@@ -31,6 +31,10 @@ def _rotate_and_sdpa(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
     return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True).transpose(1, 2)
 
 
+def _by_xformers(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    return ops.rope_attention(q, k, v, positions, backend="xformers")
+
+
 def _case(tokens: int, trains: bool = False) -> Case:
     def inputs(make: Maker) -> Inputs:
         q, k, v = (make(1, tokens, HEADS, DIM) for _ in range(3))
@@ -40,7 +44,11 @@ def _case(tokens: int, trains: bool = False) -> Case:
         operator="rope_attention",
         shape=f"{tokens} tokens, {HEADS} heads of {DIM}",
         inputs=inputs,
-        peers={"rotate, SDPA": _rotate_and_sdpa, "transformers": Alternative(llama_attention, "transformers", BOTH)},
+        peers={
+            "rotate, SDPA": _rotate_and_sdpa,
+            "transformers": Alternative(llama_attention, "transformers", BOTH),
+            "rotate, xformers": Alternative(_by_xformers, "xformers"),
+        },
         flops=2 * HEADS * tokens * (tokens + 1) * DIM * (3.5 if trains else 1),
         trains=trains,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcore import ops
+from vlcore import native, ops
 from vlcore.bench.accuracy import assert_as_accurate
 from vlcore.bench.alternatives import Alternative
 from vlcore.bench.peers import TORCH_BACKEND, TORCH_COMPILED
@@ -73,9 +73,11 @@ class Case:
         return title(self.operator, self.trains)
 
     def backends(self, device: str) -> list[str]:
-        """The compiled backends that run on a device at their own speed, which an interpreter's is not."""
+        """Our kernels that run on a device at their own speed, which an interpreter's is not. Those of CUDA C++ are not
+        in every build, and what xformers does is a peer's."""
         kernels = import_module(f"vlcore.ops.{self.operator}").KERNELS
-        return [name for name in kernels if (name == "cpp") == (device == "cpu")]
+        others = {"xformers"} | ({"cuda"} if native.cuda is None else set())
+        return [name for name in kernels if (name == "cpp") == (device == "cpu") and name not in others]
 
     def on(self, backend: str) -> Callable[..., Result]:
         function = self.function or getattr(ops, self.operator)

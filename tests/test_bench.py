@@ -88,6 +88,18 @@ def test_a_kernel_is_timed_where_it_runs():
     assert given.backends("cpu") == ["cpp"] and given.backends("cuda") == ["triton"]
 
 
+def test_only_our_kernels_that_were_built_are_timed(monkeypatch):
+    """A GPU's box need have neither xformers nor nvcc: a backend that is missing would keep a case from being timed."""
+    rotary, decoding = (
+        Case(operator=f"{name}_attention", shape="", inputs=lambda make: ()) for name in ("rope", "decode")
+    )
+    assert rotary.backends("cuda") == ["triton"]
+    monkeypatch.setattr(harness.native, "cuda", object())
+    assert decoding.backends("cuda") == ["cuda", "triton"]
+    monkeypatch.setattr(harness.native, "cuda", None)
+    assert decoding.backends("cuda") == ["triton"]
+
+
 def test_inputs_are_taken_in_turn():
     seen = []
 
