@@ -20,6 +20,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) 
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
+def here(value):
+    """A tensor on the device of the tests; what is on "meta", or no tensor, as it is."""
+    return value if not isinstance(value, Tensor) or value.is_meta else value.to(DEVICE)
+
+
 def strided(tensor: Tensor) -> Tensor:
     """The same values, not contiguous: every second element of a tensor whose others are NaN."""
     return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]

@@ -16,7 +16,7 @@ from vlcore.ops.apply_rope import KERNELS, apply_rope_reference
 
 
 def test_turns_by_differences_of_position():
-    x, y, positions = random(2, 5, 3, 16), random(2, 5, 3, 16), torch.arange(5).expand(2, 5)
+    x, y, positions = random(2, 5, 3, 16), random(2, 5, 3, 16), torch.arange(5, device=DEVICE).expand(2, 5)
     scores = [
         (ops.apply_rope(x, positions + shift) * ops.apply_rope(y, positions + shift + 2)).sum(-1) for shift in (0, 11)
     ]
@@ -33,7 +33,7 @@ def test_turns_by_differences_of_position():
 @pytest.mark.parametrize("shape", [(2, 5, 3, 80), (1, 129, 2, 64), (3, 1, 1, 2), (0, 4, 2, 8), (1, 0, 2, 8)])
 @pytest.mark.parametrize("backend", [*KERNELS, "torch"])
 def test_matches_the_reference(backend, shape, dtype):
-    x, positions = random(*shape, dtype=dtype), torch.arange(shape[1]).expand(shape[:2])
+    x, positions = random(*shape, dtype=dtype), torch.arange(shape[1], device=DEVICE).expand(shape[:2])
     skip_if_refused(KERNELS, backend, x, positions, 1e4)
     turn = lambda x: ops.apply_rope(x, positions, backend=backend)  # noqa: E731
     assert_matches(turn, lambda x: apply_rope_reference(x, positions), x)
@@ -44,7 +44,7 @@ def test_matches_the_reference(backend, shape, dtype):
 @pytest.mark.parametrize("level", range(native.level + 1))
 def test_at_every_level_of_instructions(monkeypatch, level, dtype):
     # Positions in all quarters of the circle, before zero and far out.
-    x, positions = random(1, 800, 2, 34, dtype=dtype), torch.arange(-400, 400).mul(41)[None].int()
+    x, positions = random(1, 800, 2, 34, dtype=dtype), torch.arange(-400, 400, device=DEVICE).mul(41)[None].int()
     skip_if_refused(KERNELS, "cpp", x, positions, 1e4)
     monkeypatch.setattr(native, "level", level)
     turn = lambda x: ops.apply_rope(x, positions, backend="cpp")  # noqa: E731
@@ -61,7 +61,7 @@ def test_triton_turns_by_any_position(dtype):
 
 @pytest.mark.parametrize("backend", [*KERNELS, "torch"])
 def test_is_a_well_formed_torch_operator(backend):
-    x, positions = random(2, 5, 3, 8), torch.arange(5).expand(2, 5)
+    x, positions = random(2, 5, 3, 8), torch.arange(5, device=DEVICE).expand(2, 5)
     skip_if_refused(KERNELS, backend, x, positions, 1e4)
     (y,) = assert_well_formed("apply_rope_forward", x, positions, 1e4, backend)
     assert_well_formed("apply_rope_backward", y, positions, 1e4, backend)
@@ -71,13 +71,13 @@ def test_is_a_well_formed_torch_operator(backend):
 def test_positions_far_out_stay_exact():
     # In bfloat16, position 16383 would be 16384.
     x = random(1, 2, 1, 64)
-    far = torch.tensor([[16382, 16383]])
+    far = torch.tensor([[16382, 16383]], device=DEVICE)
     wanted = ops.apply_rope(x.bfloat16().double(), far)
     torch.testing.assert_close(ops.apply_rope(x.bfloat16(), far).double(), wanted, atol=0.02, rtol=0.01)
 
 
 def test_refuses_what_does_not_fit():
-    x, positions = random(2, 7, 4, 8), torch.arange(7).expand(2, 7)
+    x, positions = random(2, 7, 4, 8), torch.arange(7, device=DEVICE).expand(2, 7)
     with pytest.raises(ValueError, match=r"apply_rope: x is \(7, 4, 8\); it needs to be \(B, T, H, D\)"):
         ops.apply_rope(x[0], positions)
     with pytest.raises(ValueError, match=r"apply_rope: positions is \(2, 6\); x \(2, 7, 4, 8\) needs \(2, 7\)"):

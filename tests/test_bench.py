@@ -20,6 +20,7 @@ from vlcore.bench.report import TABLES, Results, line, read, with_tables
 from vlcore.bench.shapes import BATCH, PROMPT
 from vlcore.bench.timing import Roofline
 from vlcore.config import preset
+from vlcore.kernels import launch
 from vlcore.ops.swiglu import KERNELS
 
 LIMIT = Roofline(flops=4e11, bandwidth=4e10)
@@ -164,6 +165,7 @@ def test_the_command_adds_to_its_file_and_knows_its_machine(monkeypatch, tmp_pat
 
 def test_what_a_call_costs(monkeypatch, capsys):
     monkeypatch.setattr(timing, "CALLED_TURNS", 3)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
     assert cli.main(["bench", "--overhead", "--dtype", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert len(lines) == 8

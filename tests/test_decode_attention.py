@@ -1,7 +1,8 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from operators import DTYPES, assert_well_formed, poisoned_memory, random, skip_if_refused
+from conftest import DEVICE
+from operators import DTYPES, assert_well_formed, here, poisoned_memory, random, skip_if_refused
 
 from vlcore import native, ops
 from vlcore.ops.decode_attention import KERNELS, decode_attention_reference
@@ -112,15 +113,18 @@ def test_neither_threads_nor_other_rows_nor_addresses_matter(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_of_steps_is_causal_attention(backend):
     q, k, v = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
-    caches = torch.full((2, 2, 6, 2, 8), torch.nan)
+    caches = torch.full((2, 2, 6, 2, 8), torch.nan, device=DEVICE)
     skip_if_refused(KERNELS, backend, q[:, :1], k[:, :1], v[:, :1], *caches, torch.zeros(2), 1e4, 0.5)
     steps = [
         ops.decode_attention(
-            *(x[:, t : t + 1] for x in (q, k, v)), *caches, torch.full((2,), t, dtype=torch.int32), backend=backend
+            *(x[:, t : t + 1] for x in (q, k, v)),
+            *caches,
+            torch.full((2,), t, dtype=torch.int32, device=DEVICE),
+            backend=backend,
         )
         for t in range(6)
     ]
-    whole = ops.rope_attention(q, k, v, torch.arange(6).expand(2, 6))
+    whole = ops.rope_attention(q, k, v, torch.arange(6, device=DEVICE).expand(2, 6))
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
 
@@ -144,7 +148,7 @@ def test_takes_caches_that_are_parts_of_a_larger_one(backend):
     given = inputs()
     skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)
     # (S, layers, 2, B, H, D) as a cache of all layers might be, seen as (B, S, H, D).
-    store = torch.zeros(7, 3, 2, 3, 2, 8)
+    store = torch.zeros(7, 3, 2, 3, 2, 8, device=DEVICE)
     parts = [store[:, 1, i].transpose(0, 1) for i in range(2)]
     for part, cache in zip(parts, given[3:5], strict=True):
         part.copy_(cache)
@@ -194,14 +198,14 @@ def test_compiles_without_graph_breaks():
 )
 def test_refuses_what_does_not_fit(changed, value, message):
     given = list(inputs())
-    given[changed] = value
+    given[changed] = here(value)
     with pytest.raises(ValueError, match=f"decode_attention: {message}"):
         ops.decode_attention(*given)
 
 
 def test_says_why_triton_cannot_run():
     given = list(inputs())
-    given[3] = torch.zeros(3, 7, 2, 16)[..., ::2]
+    given[3] = random(3, 7, 2, 16)[..., ::2]
     with pytest.raises(ValueError, match="cannot run on 'triton' .* it needs caches whose heads are contiguous"):
         ops.decode_attention(*given, backend="triton")
     with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 130 is not in 1\.\.128"):
@@ -227,6 +231,6 @@ def test_says_why_cuda_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="cannot run on 'cuda' .*: its heads are of 64 or 128, and these of 20"):
         ops.decode_attention(*given, backend="cuda")
     given = list(inputs(dim=64))
-    given[3], given[4] = (torch.zeros(cache.numel() + 1)[1:].view(cache.shape) for cache in given[3:5])
+    given[3], given[4] = (random(cache.numel() + 1)[1:].view(cache.shape) for cache in given[3:5])
     with pytest.raises(ValueError, match="caches whose tokens begin at multiples of 16 bytes"):
         ops.decode_attention(*given, backend="cuda")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from operators import DTYPES, assert_well_formed, poisoned_memory, random, skip_if_refused, strided
+from operators import DTYPES, assert_well_formed, here, poisoned_memory, random, skip_if_refused, strided
 
 from vlcore import native, ops
 from vlcore.ops.decode_block import KERNELS, _form, decode_block_reference
@@ -117,7 +117,7 @@ def test_takes_what_is_not_contiguous(backend):
     given = inputs()
     skip(backend, given)
     spread = ops.BlockWeights(*map(strided, given[2]))
-    caches = [torch.zeros(7, 3, 2, 16).transpose(0, 1).copy_(cache) for cache in given[3:5]]
+    caches = [random(7, 3, 2, 16).transpose(0, 1).copy_(cache) for cache in given[3:5]]
     actual = ops.decode_block(strided(given[0]), strided(given[1]), spread, *caches, given[5], backend=backend)
     for got, wanted in zip((*actual, caches[0]), (*ops.decode_block(*given, backend=backend), given[3]), strict=True):
         torch.testing.assert_close(got, wanted)
@@ -151,13 +151,13 @@ def test_compiles_without_graph_breaks():
 
 def changed(index, value):
     given = list(inputs())
-    given[index] = value
+    given[index] = here(value)
     return given
 
 
 def reweighted(**weights):
     given = list(inputs())
-    given[2] = given[2]._replace(**weights)
+    given[2] = given[2]._replace(**{name: here(weight) for name, weight in weights.items()})
     return given
 
 

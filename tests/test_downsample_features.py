@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from operators import (
     DTYPES,
     amid_nan,
@@ -9,6 +10,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    here,
     random,
     skip_if_refused,
 )
@@ -168,7 +170,7 @@ def test_equals_two_branches_that_are_added_at_the_end():
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_alpha_may_be_wider_than_the_features(shape):
     detail, skip, _, *weights = inputs(dtype=torch.bfloat16)
-    alpha = torch.full(shape, 0.37, requires_grad=True)
+    alpha = torch.full(shape, 0.37, device=DEVICE, requires_grad=True)
     out = ops.downsample_features(detail, skip, alpha, *weights, size=8)
     (grad,) = torch.autograd.grad(out.sum(), alpha)
     assert out.dtype == torch.bfloat16 and grad.dtype == torch.float32 and grad.shape == shape
@@ -214,7 +216,7 @@ def test_compiles_without_graph_breaks():
         (1, torch.zeros(2, 4, 6, 6).half(), "skip is torch.float16 and detail torch.float32"),
         (2, None, "alpha is None; skip needs one number to scale it"),
         (2, torch.zeros(2), r"alpha is \(2,\); skip needs one number"),
-        (2, torch.zeros(1).to("meta"), "alpha is on meta and skip on cpu"),
+        (2, torch.zeros(1).to("meta"), f"alpha is on meta and skip on {DEVICE}"),
         (3, torch.zeros(6, 4), r"conv1_weight is \(6, 4\); it needs to be \(out, in, 3, 3\)"),
         (3, torch.zeros(6, 5, 3, 3), r"conv1_weight is \(6, 5, 3, 3\); detail .* needs \(6, 4, 3, 3\)"),
         (4, torch.zeros(5, 4, 3, 3), r"conv2_weight is \(5, 4, 3, 3\); conv1_weight .* needs \(5, 6, 3, 3\)"),
@@ -222,7 +224,7 @@ def test_compiles_without_graph_breaks():
 )
 def test_refuses_what_does_not_fit(changed, value, message):
     given = list(inputs())
-    given[changed] = value
+    given[changed] = here(value)
     with pytest.raises(ValueError, match=f"downsample_features: {message}"):
         ops.downsample_features(*given, 8)
 

@@ -8,6 +8,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    here,
     random,
     skip_if_refused,
 )
@@ -115,4 +116,4 @@ def test_compiles_without_graph_breaks():
 def test_refuses_what_does_not_fit(changed, value, message):
     given = dict(zip(NAMES, inputs(), strict=True))
     with pytest.raises(ValueError, match=f"hybrid_adaptor: {message}"):
-        ops.hybrid_adaptor(**{**given, changed: value})
+        ops.hybrid_adaptor(**{**given, changed: here(value)})

@@ -104,11 +104,10 @@ def test_compiles_without_graph_breaks():
 
 
 def test_few_rows_without_gradients_go_to_the_kernel_that_reads_fastest(monkeypatch):
-    if native.cpp is None:
-        pytest.skip("vlcore was built without its C++ extension")
     calls = []
     monkeypatch.setattr(native, "run_cpp", lambda kernel, *rest: calls.append(kernel))
     x, weight, bias = inputs()
+    skip_if_refused(KERNELS, "cpp", x, weight, bias)
     with torch.no_grad():
         ops.linear(x, weight, bias)
     ops.linear(x, weight.requires_grad_(), bias)
@@ -129,13 +128,13 @@ def test_few_rows_without_gradients_go_to_the_kernel_that_reads_fastest(monkeypa
     ],
 )
 def test_many_rows_go_to_the_kernel_where_it_is_faster(monkeypatch, level, dtype, rows, outputs, size, takes_ours):
-    if native.cpp is None:
-        pytest.skip("vlcore was built without its C++ extension")
     calls = []
     monkeypatch.setattr(native, "level", level)
     monkeypatch.setattr(native, "run_cpp", lambda kernel, *rest: calls.append(kernel))
+    given = inputs(rows=(rows,), outputs=outputs, size=size, dtype=dtype)
+    skip_if_refused(KERNELS, "cpp", *given)
     with torch.no_grad():
-        ops.linear(*inputs(rows=(rows,), outputs=outputs, size=size, dtype=dtype))
+        ops.linear(*given)
     assert calls == ["linear_blocked_forward"] * takes_ours
 
 
@@ -159,7 +158,7 @@ def test_refuses_an_activation_that_it_does_not_have_and_a_residual_of_another_s
     with pytest.raises(ValueError, match="linear: activation 'relu' is neither 'gelu' nor None"):
         ops.linear(x, weight, activation="relu")
     with pytest.raises(ValueError, match=r"linear: residual is \(3, 8\); x \(3, 33\) needs \(3, 7\)"):
-        ops.linear(x, weight, residual=torch.zeros(3, 8))
+        ops.linear(x, weight, residual=random(3, 8))
 
 
 def test_says_why_a_backend_cannot_run():

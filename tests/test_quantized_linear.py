@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import DEVICE
 from operators import (
     DTYPES,
     assert_compiles,
@@ -213,7 +214,7 @@ def test_dequantises_as_the_definition_does(monkeypatch, bits, group_size, level
     monkeypatch.setattr(native, "level", level)
     for size in (384, 77):
         weight = ops.quantize_weight(random(7, size), bits, group_size if size % 64 == 0 else None)
-        x = torch.eye(size, dtype=dtype)
+        x = torch.eye(size, dtype=dtype, device=DEVICE)
         skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
         assert torch.equal(ops.quantized_linear(x, weight, backend="cpp"), weight.dequantize(dtype).t())
 

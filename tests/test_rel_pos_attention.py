@@ -11,6 +11,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    here,
     random,
     shifted,
     skip_if_refused,
@@ -256,6 +257,6 @@ def test_compiles_without_graph_breaks():
 )
 def test_refuses_what_does_not_fit(changed, value, message):
     given = list(inputs())
-    given[changed] = value
+    given[changed] = here(value)
     with pytest.raises(ValueError, match=f"rel_pos_attention: {message}"):
         ops.rel_pos_attention(*given, (3, 5))

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from conftest import DEVICE
 from operators import random, values_and_gradients
 from test_house import OPERATORS
 from torch import Tensor
@@ -22,7 +23,10 @@ KERNELS = {name: module.KERNELS["cpp"] for name, module in MODULES.items() if "c
 # Of these torch's matrix products are the gradients, whose sums depend on its threads in float32, or there are none.
 WITHOUT_OWN_GRADIENTS = {"decode_attention", "decode_block", "hybrid_adaptor", "linear", "quantized_linear"}
 WITHOUT_OWN_GRADIENTS |= {"downsample_features"}
-pytestmark = pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
+pytestmark = [
+    pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="C++ kernels run on the CPU, and these tests' tensors are elsewhere"),
+]
 
 
 def quantized_linear(x: Tensor, backend: str) -> Tensor:

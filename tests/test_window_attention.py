@@ -8,6 +8,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    here,
     random,
     shifted,
     skip_if_refused,
@@ -109,7 +110,7 @@ def test_equals_attention_on_the_padded_map(size, bias):
     bias = random(3 * heads * dim).double() if bias else None
     tables = random(2 * window - 1, dim).double(), random(2 * window - 1, dim).double()
     padded = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-    whole = torch.zeros(*padded.shape[:3], heads * dim).double()
+    whole = padded.new_zeros(*padded.shape[:3], heads * dim)
     for top in range(0, padded.shape[1], window):
         for left in range(0, padded.shape[2], window):
             inside = slice(None), slice(top, top + window), slice(left, left + window)
@@ -163,7 +164,7 @@ def test_compiles_without_graph_breaks():
 )
 def test_refuses_what_does_not_fit(changed, value, message):
     given = list(inputs())
-    given[changed] = value
+    given[changed] = here(value)
     with pytest.raises(ValueError, match=f"window_attention: {message}"):
         ops.window_attention(*given, 4)
 
