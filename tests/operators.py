@@ -16,6 +16,10 @@ from vlcore.ops.dispatch import TORCH, Kernel
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+# Of a parameter that is refused for its values.
+ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's values are not looked at, which would make it wait")
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 

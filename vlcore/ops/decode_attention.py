@@ -34,12 +34,16 @@ def decode_attention_reference(
     if lengths.device.type == "cpu" and lengths.numel():
         shortest, longest = (int(bound) + 1 for bound in lengths.aminmax())
     mask = None
+    keys, values = key_cache[:, :longest], value_cache[:, :longest]
     if shortest != longest:
-        mask = (torch.arange(longest, device=q.device) <= lengths[:, None])[:, None, None]
+        holds = torch.arange(longest, device=q.device) <= lengths[:, None]
+        mask = holds[:, None, None]
+        # Behind a row's tokens may be anything, and NaN outlasts a mask.
+        keys, values = (cache.where(holds[:, :, None, None], 0) for cache in (keys, values))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
-        key_cache[:, :longest].transpose(1, 2),
-        value_cache[:, :longest].transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
         attn_mask=mask,
         scale=scale,
         enable_gqa=grouped,
