@@ -1,6 +1,7 @@
 """Rotary causal attention: prompts of the 1.3B, a long one, a packed batch, training, beside rotating and SDPA."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -31,10 +32,6 @@ def _rotate_and_sdpa(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
     return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True).transpose(1, 2)
 
 
-def _by_xformers(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    return ops.rope_attention(q, k, v, positions, backend="xformers")
-
-
 def _case(tokens: int, trains: bool = False) -> Case:
     def inputs(make: Maker) -> Inputs:
         q, k, v = (make(1, tokens, HEADS, DIM) for _ in range(3))
@@ -47,7 +44,7 @@ def _case(tokens: int, trains: bool = False) -> Case:
         peers={
             "rotate, SDPA": _rotate_and_sdpa,
             "transformers": Alternative(llama_attention, "transformers", BOTH),
-            "rotate, xformers": Alternative(_by_xformers, "xformers"),
+            "rotate, xformers": Alternative(partial(ops.rope_attention, backend="xformers"), "xformers"),
         },
         flops=2 * HEADS * tokens * (tokens + 1) * DIM * (3.5 if trains else 1),
         trains=trains,

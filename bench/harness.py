@@ -76,8 +76,8 @@ class Case:
         """Our kernels that run on a device at their own speed, which an interpreter's is not. Those of CUDA C++ are not
         in every build, and what xformers does is a peer's."""
         kernels = import_module(f"vlcore.ops.{self.operator}").KERNELS
-        others = {"xformers"} | ({"cuda"} if native.cuda is None else set())
-        return [name for name in kernels if (name == "cpp") == (device == "cpu") and name not in others]
+        left_out = {"xformers", "cuda"} if native.cuda is None else {"xformers"}
+        return [name for name in kernels if (name == "cpp") == (device == "cpu") and name not in left_out]
 
     def on(self, backend: str) -> Callable[..., Result]:
         function = self.function or getattr(ops, self.operator)

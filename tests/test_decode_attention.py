@@ -202,7 +202,12 @@ def test_compiles_without_graph_breaks():
         (4, torch.zeros(3, 7, 2, 8).half(), "value_cache is torch.float16 and q torch.float32"),
         (5, torch.zeros(3), "lengths is torch.float32; it needs to be one of .*torch.int32"),
         (5, torch.zeros(2, dtype=torch.int64), r"lengths is \(2,\); q .* needs \(3,\)"),
-        pytest.param(5, torch.tensor([0, 7, 1]), "lengths from 0 to 7 leave no room in a cache of 7", marks=ON_CPU),
+        pytest.param(
+            5,
+            torch.tensor([0, 7, 1]),
+            "lengths from 0 to 7 leave no room in a cache of 7 tokens",
+            marks=ON_CPU,
+        ),
         pytest.param(5, torch.tensor([0, -1, 1]), "lengths from -1 to 1 leave no room", marks=ON_CPU),
     ],
 )

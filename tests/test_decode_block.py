@@ -169,7 +169,11 @@ def reweighted(**weights):
         (lambda: changed(1, torch.zeros(3, 1, 63)), r"residual is \(3, 1, 63\); x .* needs \(3, 1, 64\)"),
         (lambda: changed(3, torch.zeros(2, 7, 2, 16)), r"key_cache is \(2, 7, 2, 16\); x .* needs \(3, 7, 2, 16\)"),
         (lambda: changed(4, torch.zeros(3, 6, 2, 16)), r"value_cache is \(3, 6, 2, 16\); key_cache .* needs"),
-        pytest.param(lambda: changed(5, torch.tensor([0, 7, 1])), "lengths from 0 to 7 leave no room", marks=ON_CPU),
+        pytest.param(
+            lambda: changed(5, torch.tensor([0, 7, 1])),
+            "lengths from 0 to 7 leave no room in a cache of 7 tokens",
+            marks=ON_CPU,
+        ),
         (lambda: changed(5, torch.zeros(3)), "lengths is torch.float32; it needs to be one of"),
         (lambda: reweighted(q=torch.zeros(50, 64)), "q gives 50 outputs, no multiple of the cache's 32 a token"),
         (lambda: reweighted(down=torch.zeros(64, 95)), r"the weight down is \(64, 95\); x .* need \(64, 96\)"),

@@ -10,8 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import DEVICE
-from operators import random, values_and_gradients
+from operators import values_and_gradients
 from test_house import OPERATORS
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,26 +22,28 @@ KERNELS = {name: module.KERNELS["cpp"] for name, module in MODULES.items() if "c
 # Of these torch's matrix products are the gradients, whose sums depend on its threads in float32, or there are none.
 WITHOUT_OWN_GRADIENTS = {"decode_attention", "decode_block", "hybrid_adaptor", "linear", "quantized_linear"}
 WITHOUT_OWN_GRADIENTS |= {"downsample_features"}
-pytestmark = [
-    pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="C++ kernels run on the CPU, and these tests' tensors are elsewhere"),
-]
+pytestmark = pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
+
+
+def on_cpu(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Where C++ kernels run, wherever the other tests do; a forked worker may not touch a GPU."""
+    return torch.randn(shape).to(dtype)
 
 
 def quantized_linear(x: Tensor, backend: str) -> Tensor:
     return ops.quantized_linear(
-        x, ops.quantize_weight(random(1030, 256, dtype=x.dtype), bits=4, group_size=64), backend=backend
+        x, ops.quantize_weight(on_cpu(1030, 256, dtype=x.dtype), bits=4, group_size=64), backend=backend
     )
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    caches = random(2, 2, 700, 4, 64, dtype=q.dtype)
+    caches = on_cpu(2, 2, 700, 4, 64, dtype=q.dtype)
     with torch.no_grad():
         return ops.decode_attention(q, k, v, *caches, torch.tensor([650, 3]), backend=backend)
 
 
 def decode_block(x: Tensor, residual: Tensor, *weights: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    caches = random(2, 2, 700, 4, 32, dtype=x.dtype)
+    caches = on_cpu(2, 2, 700, 4, 32, dtype=x.dtype)
     with torch.no_grad():
         return ops.decode_block(
             x, residual, ops.BlockWeights(*weights), *caches, torch.tensor([650, 3]), backend=backend
@@ -53,7 +54,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Callable, tuple]]:
     """A call of each operator, large enough that a kernel goes parallel, where its rows do not divide evenly."""
 
     def r(*shape: int) -> Tensor:
-        return random(*shape, dtype=dtype)
+        return on_cpu(*shape, dtype=dtype)
 
     labels = torch.randint(0, 3000, (333,)).masked_fill(torch.rand(333) < 0.3, -100)
     projections = (r(256, 256), r(128, 256), r(128, 256), r(256, 256))
