@@ -12,6 +12,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, find_namespace_packages, setup
 
 DEFAULT_CUDA_ARCHS = "80;90a;100a"
+CUDA_BINDINGS = "csrc/cuda_bindings.cpp"
 # Apple's compiler has no OpenMP of its own: there the loops run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # VLCORE_SANITIZE=1 builds, in a folder apart, C++ kernels that stop at any access outside of an allocation and at
@@ -76,7 +77,7 @@ class BuildExt(build_ext):
 
 cpp = Pybind11Extension(
     "vlcore._C",
-    ["csrc/bindings.cpp", "csrc/huge_pages.cpp", "csrc/launch_again.cpp", "csrc/level.cpp", *sources("cpu/*.cpp")],
+    [path for path in [*sources("*.cpp"), *sources("cpu/*.cpp")] if path != CUDA_BINDINGS],
     include_dirs=["csrc"],
     depends=[*sources("*.h"), *sources("cpu/*.h")],
     cxx_std=17,
@@ -90,7 +91,7 @@ cpp = Pybind11Extension(
     ],
     extra_link_args=[*OPENMP, *SANITIZERS],
 )
-cuda = Extension("vlcore._cuda", ["csrc/cuda_bindings.cpp", *sources("cuda/*.cu")])
+cuda = Extension("vlcore._cuda", [CUDA_BINDINGS, *sources("cuda/*.cu")])
 
 # All cores compile, a file each.
 ParallelCompile(default=0).install()

@@ -33,7 +33,7 @@ OLDEST_TRITON = ROOT / "build" / "triton-3.6.0"
 CACHE = ROOT / "build" / "triton-cache"
 PROCESSES = 2
 # Of kernels/: what looks up how to launch, and launches.
-HOST_ONLY = ("launch.py", "direct_launch.py")
+HOST_ONLY = ("launch.py", "direct_launch.py", "replay.py")
 
 Record = dict[str, Any]
 

@@ -7,6 +7,7 @@
 #include "crossing.h"
 #include "kernels.h"
 #include "launch_again.h"
+#include "signature.h"
 
 namespace py = pybind11;
 
@@ -43,6 +44,9 @@ PYBIND11_MODULE(_C, m) {
   using vlcore::bind;
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
   m.def("launch_again", vlcore::launch_again);
+  m.def("launch_all", vlcore::launch_all);
+  m.def("look_at_tensors_by", vlcore::look_at_tensors_by);
+  m.def("signature", vlcore::signature);
   bind(m, "prefer_huge_pages", vlcore::prefer_huge_pages);
   bind(m, "rms_norm_forward", vlcore::rms_norm_forward);
   bind(m, "rms_norm_backward", vlcore::rms_norm_backward);

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "signature.h"
+
 namespace vlcore {
 namespace {
 
@@ -62,6 +64,27 @@ py::tuple key_of(py::handle kernel, py::handle device, const Given& given, const
   return key;
 }
 
+// As Triton calls its launchers, with no metadata of the launch and no hooks.
+void call(const py::tuple& kept, const py::tuple& grid, py::handle stream, const std::vector<py::object>& pointers,
+          const py::tuple& numbers) {
+  static PyObject* const one = PyLong_FromLong(1);
+  const auto part = [&](Kept which) { return PyTuple_GET_ITEM(kept.ptr(), which); };
+  std::vector<PyObject*> arguments;
+  arguments.reserve(64);
+  for (size_t axis = 0; axis < 3; ++axis) {
+    arguments.push_back(axis < grid.size() ? PyTuple_GET_ITEM(grid.ptr(), axis) : one);
+  }
+  for (PyObject* next : {stream.ptr(), part(function), part(packed_metadata), Py_None, Py_None, Py_None}) {
+    arguments.push_back(next);
+  }
+  for (const py::object& pointer : pointers) arguments.push_back(pointer.ptr());
+  for (const py::handle number : numbers) arguments.push_back(number.ptr());
+  for (const py::handle constant : py::reinterpret_borrow<py::tuple>(part(constants))) {
+    arguments.push_back(constant.ptr());
+  }
+  checked(PyObject_Vectorcall(part(launcher), arguments.data(), arguments.size(), nullptr));
+}
+
 }  // namespace
 
 py::object launch_again(const py::dict& kept, py::handle kernel, py::handle device, py::handle stream,
@@ -76,23 +99,28 @@ py::object launch_again(const py::dict& kept, py::handle kernel, py::handle devi
     if (PyErr_Occurred()) throw py::error_already_set();
     return key;
   }
-  const auto part = [&](Kept which) { return PyTuple_GET_ITEM(found.ptr(), which); };
-  std::vector<PyObject*> arguments;
-  static PyObject* const one = PyLong_FromLong(1);
-  for (size_t axis = 0; axis < 3; ++axis) {
-    arguments.push_back(axis < grid.size() ? PyTuple_GET_ITEM(grid.ptr(), axis) : one);
+  call(found, grid, stream, given.addresses, numbers);
+  return found;
+}
+
+bool launch_all(const py::tuple& launches, py::handle stream, const py::tuple& arguments) {
+  std::vector<std::optional<uintptr_t>> begins;
+  begins.reserve(arguments.size());
+  for (const py::handle argument : arguments) {
+    begins.push_back(address_of(argument));
+    if (begins.back().value_or(0) % 16) return false;
   }
-  // No metadata of the launch and no hooks.
-  for (PyObject* next : {stream.ptr(), part(function), part(packed_metadata), Py_None, Py_None, Py_None}) {
-    arguments.push_back(next);
+  for (const py::handle launch : launches) {
+    const auto [kept, grid, places, numbers] = launch.cast<std::tuple<py::tuple, py::tuple, py::tuple, py::tuple>>();
+    std::vector<py::object> pointers;
+    for (const py::handle given : places) {
+      const auto [place, offset] = given.cast<std::pair<size_t, size_t>>();
+      const std::optional<uintptr_t> begin = begins.at(place);
+      pointers.push_back(begin ? checked(PyLong_FromSize_t(*begin + offset)) : py::none());
+    }
+    call(kept, grid, stream, pointers, numbers);
   }
-  for (const py::object& address : given.addresses) arguments.push_back(address.ptr());
-  for (const py::handle number : numbers) arguments.push_back(number.ptr());
-  for (const py::handle constant : py::reinterpret_borrow<py::tuple>(part(constants))) {
-    arguments.push_back(constant.ptr());
-  }
-  checked(PyObject_Vectorcall(part(launcher), arguments.data(), arguments.size(), nullptr));
-  return py::none();
+  return true;
 }
 
 }  // namespace vlcore

@@ -5,7 +5,9 @@ kernel[grid](...) binds the arguments, looks for what they specialise the kernel
 as Triton calls it: csrc/launch_again.cpp finds it and calls it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import local
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,7 +33,18 @@ class _Kept(NamedTuple):
     alive: tuple  # the code is unloaded with the last that refers to it
 
 
+class Launch(NamedTuple):
+    """A launch that was made; `kept` is None where only Triton can make it."""
+
+    kept: _Kept | None
+    kernel: Any
+    grid: tuple[int, ...]
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple
+
+
 _kept: dict[tuple, _Kept] = {}
+_thread = local()
 
 
 def _nothing_is_kept(*launch: Any) -> tuple[()]:
@@ -61,26 +74,34 @@ def run(
         numbers: ints, floats and bools, and tuples of ints.
         settings: the kernel's other parameters, all constexpr, and num_warps and num_stages.
     """
-    if type(kernel).run is not TRITONS_RUN or _is_observed(kernel):
+    made = _run(kernel, grid, tensors, numbers, settings)
+    launches = getattr(_thread, "launches", None)
+    if launches is not None:
+        launches.append(Launch(made, kernel, grid, tensors, numbers))
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor | None, ...], numbers: tuple, settings: dict[str, Any]
+) -> _Kept | None:
+    if type(kernel).run is not TRITONS_RUN or kernel.pre_run_hooks or is_observed():
         kernel[grid](*tensors, *numbers, enable_fp_fusion=True, **settings)
-        return
+        return None
     active = driver.active
     device = active.get_current_device()
     stream = active.get_current_stream(device)
-    key = _launch_again(_kept, kernel, device, stream, grid, tensors, numbers, settings)
-    if key is None:
-        return
+    found = _launch_again(_kept, kernel, device, stream, grid, tensors, numbers, settings)
+    if isinstance(found, _Kept):
+        return found
     compiled = kernel[grid](*tensors, *numbers, enable_fp_fusion=True, **settings)
-    if key:
-        _keep(key, kernel, compiled, len(tensors) + len(numbers), settings)
+    return _keep(found, kernel, compiled, len(tensors) + len(numbers), settings) if found else None
 
 
-def _is_observed(kernel: Any) -> bool:
-    """Whether Triton would do more than launch."""
+def is_observed() -> bool:
+    """Whether Triton would do more than launch, of any kernel."""
     runtime = knobs.runtime
     return (
-        runtime.debug
-        or kernel.pre_run_hooks
+        JITFunction.run is not TRITONS_RUN
+        or runtime.debug
         or knobs.compilation.instrumentation_mode
         or runtime.add_stages_inspection_hook is not None
         # A chain of hooks, or a function that somebody put in its place.
@@ -89,11 +110,24 @@ def _is_observed(kernel: Any) -> bool:
     )
 
 
-def _keep(key: tuple, kernel: Any, compiled: Any, num_given: int, settings: Mapping[str, Any]) -> None:
+@contextmanager
+def noted() -> Iterator[list[Launch]]:
+    """All that this thread launches by `run` in it."""
+    before = getattr(_thread, "launches", None)
+    _thread.launches = []
+    try:
+        yield _thread.launches
+    finally:
+        _thread.launches = before
+
+
+def _keep(key: tuple, kernel: Any, compiled: Any, num_given: int, settings: Mapping[str, Any]) -> _Kept | None:
     """Of what Triton has just launched, what it takes to launch it again."""
     if compiled is None:  # a hook of Triton's has kept it from being compiled
-        return
+        return None
     constants = tuple(settings[parameter.name] for parameter in kernel.params[num_given:])
     if len(_kept) >= MAX_KEPT:
         _kept.clear()
-    _kept[key] = _Kept(compiled.run, compiled.function, compiled.packed_metadata, constants, (kernel, compiled))
+    kept = _Kept(compiled.run, compiled.function, compiled.packed_metadata, constants, (kernel, compiled))
+    _kept[key] = kept
+    return kept

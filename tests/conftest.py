@@ -28,6 +28,16 @@ def same_random_numbers():
 
 
 @pytest.fixture(autouse=True)
+def decided_anew():
+    """Tests change what kernels say that they can run."""
+    from vlcore.ops import dispatch
+
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+@pytest.fixture(autouse=True)
 def cuda_on_cpu(request, monkeypatch):
     """Without a GPU, tests of the "cuda" backend run its kernels on the CPU."""
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})

@@ -1,38 +1,16 @@
 """Run by tests/test_direct_launch.py in a process of its own, without Triton's interpreter: every operator's kernels
-are launched twice, without a GPU or a compiler, and once more by Triton itself; prints what was launched.
+are launched three times, without a GPU or a compiler, and once more by Triton itself; prints what was launched.
 """
 
-import itertools
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from triton.runtime import driver as drivers
 from triton.runtime.jit import JITFunction
 
+from tests.recorder import ARGUMENTS_BEFORE, Recorder, compile_nothing
 from vlcore import ops
-from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
-from vlcore.kernels import direct_launch
-
-NUMBERS = itertools.count()
-
-
-class Recorder(Driver):
-    def __init__(self) -> None:
-        super().__init__(90, lambda *arguments: self.launches.append(arguments))
-        self.launches: list[tuple] = []
-
-
-def compile_nothing(kernel, key, *others, **more) -> SimpleNamespace:
-    """In place of JITFunction._do_compile: something that is launched as its result is, another for each key."""
-    cache = kernel.device_caches[0][0]
-    cache[key] = SimpleNamespace(
-        run=lambda *arguments: drivers.active.launched(*arguments),
-        function=f"{kernel.fn.__name__} {next(NUMBERS)}",
-        packed_metadata=None,
-        launch_metadata=lambda *arguments: None,
-    )
-    return cache[key]
+from vlcore.bench.stand_in import in_place_of_a_gpu
+from vlcore.kernels import direct_launch, replay
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -42,7 +20,8 @@ def random(*shape: int) -> torch.Tensor:
 def calls() -> dict:
     """A call of every operator that Triton has kernels for, of each kind of arguments."""
     x, weight, bias = random(3, 64), random(64), random(64)
-    q, packed = random(2, 32, 4, 64), random(1, 32, 4, 64)
+    qkv, packed = [random(2, 32, 4, 64) for _ in range(3)], [random(1, 32, 4, 64) for _ in range(3)]
+    wide = [tensor.detach().float().requires_grad_() for tensor in qkv]
     cu_seqlens, positions = torch.tensor([0, 7, 32], dtype=torch.int32), torch.arange(32).expand(2, 32)
     heads, side, windows, qkv_bias = random(2, 3, 16, 64), random(7, 64), random(1, 6, 6, 3, 2, 64), random(3, 2, 64)
     vocabulary, labels, hidden = random(32, 64), torch.arange(16), random(16, 64)
@@ -55,16 +34,16 @@ def calls() -> dict:
     caches = random(2, 40, 2, 64).detach(), random(2, 40, 2, 64).detach()
     return {
         "rms_norm": lambda: ops.rms_norm(x, weight, backend="triton"),
-        "add_rms_norm": lambda: ops.add_rms_norm(x, x, weight, backend="triton"),
+        "add_rms_norm": lambda: ops.add_rms_norm(x, 2 * x, weight, backend="triton"),
         "layer_norm": lambda: ops.layer_norm(x, weight, bias, backend="triton"),
         "layer_norm of long rows": lambda: ops.layer_norm(*long, backend="triton"),
-        "swiglu": lambda: ops.swiglu(x, x, backend="triton"),
+        "swiglu": lambda: ops.swiglu(x, 2 * x, backend="triton"),
         "swiglu of halves": lambda: ops.swiglu(*x.split(32, 1), backend="triton"),
-        "attention of float32": lambda: ops.attention(*[q.float()] * 3, scale=2, backend="triton"),
-        "attention": lambda: ops.attention(q, q, q, causal=True, backend="triton"),
-        "attention, packed": lambda: ops.attention(packed, packed, packed, cu_seqlens=cu_seqlens, backend="triton"),
-        "apply_rope": lambda: ops.apply_rope(q, positions, backend="triton"),
-        "rope_attention": lambda: ops.rope_attention(q, q, q, positions, causal=True, backend="triton"),
+        "attention of float32": lambda: ops.attention(*wide, scale=2, backend="triton"),
+        "attention": lambda: ops.attention(*qkv, causal=True, backend="triton"),
+        "attention, packed": lambda: ops.attention(*packed, cu_seqlens=cu_seqlens, backend="triton"),
+        "apply_rope": lambda: ops.apply_rope(qkv[0], positions, backend="triton"),
+        "rope_attention": lambda: ops.rope_attention(*qkv, positions, causal=True, backend="triton"),
         "decode_attention": lambda: ops.decode_attention(*new, *caches, torch.tensor([5, 9]), backend="triton"),
         "rel_pos_attention": lambda: ops.rel_pos_attention(heads, heads, heads, side, side, (4, 4), backend="triton"),
         "window_attention": lambda: ops.window_attention(windows, qkv_bias, side, side, 4, backend="triton"),
@@ -89,16 +68,17 @@ def launched(driver: Recorder, call) -> list[tuple]:
 def compare(direct: tuple, by_triton: tuple) -> bool:
     """Whether a launch was direct; it is the same as Triton's."""
     assert direct[:6] == by_triton[:6], (direct, by_triton)
-    pointers = [isinstance(argument, torch.Tensor) for argument in by_triton[9:]]
-    for is_pointer, given, wanted in zip(pointers, direct[9:], by_triton[9:], strict=True):
-        if not is_pointer:
+    pointers = []
+    for given, wanted in zip(direct[ARGUMENTS_BEFORE:], by_triton[ARGUMENTS_BEFORE:], strict=True):
+        if isinstance(wanted, torch.Tensor):
+            pointers.append(given)
+        else:
             assert type(given) is type(wanted) and given == wanted, (direct, by_triton)
-    given = [argument for argument, is_pointer in zip(direct[9:], pointers, strict=True) if is_pointer]
-    if isinstance(given[0], torch.Tensor):
-        assert any(tensor.data_ptr() % 16 for tensor in given), direct[4]
+    if isinstance(pointers[0], torch.Tensor):
+        assert any(tensor.data_ptr() % 16 for tensor in pointers), direct[4]
         return False
-    assert all(type(address) is int and address % 16 == 0 for address in given)
-    assert direct[6:9] == (None, None, None)
+    assert all(type(address) is int and address % 16 == 0 for address in pointers)
+    assert direct[6:ARGUMENTS_BEFORE] == (None, None, None)
     return True
 
 
@@ -108,10 +88,14 @@ def main() -> None:
         for name, call in calls().items():
             launched(driver, call)
             direct = launched(driver, call)
+            with patch.object(replay.native.cpp, "launch_all", wraps=replay.native.cpp.launch_all) as repeat:
+                repeated = launched(driver, call)
             with patch.object(direct_launch, "TRITONS_RUN", None):
                 by_triton = launched(driver, call)
             found = [compare(*pair) for pair in zip(direct, by_triton, strict=True)]
-            print(f"{name}: {sum(found)} of {len(found)}")
+            assert found == [compare(*pair) for pair in zip(repeated, by_triton, strict=True)]
+            num_repeated = sum(len(launches) for (launches, *_), _ in repeat.call_args_list)
+            print(f"{name}: {sum(found)} of {len(found)}, {num_repeated} of them repeated")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,63 @@ def test_a_backend_that_is_asked_for_runs_or_raises():
         choose("op", KERNELS, "distant", torch.zeros(2, 3).half(), None, 14)
     with pytest.raises(ValueError, match=r"op has no backend 'cpq'; it has \['interpreted', .*'torch'\]"):
         choose("op", KERNELS, "cpq", torch.zeros(1))
+
+
+def test_what_looks_alike_is_decided_once():
+    if native.signature() is None:
+        pytest.skip("this build cannot tell what tensors look like")
+    asked = []
+
+    @dispatch.remembered
+    def decide(x, bias, backend):
+        asked.append(x.shape)
+        if x.ndim != 2:
+            raise ValueError(f"x is {tuple(x.shape)}")
+        return backend
+
+    kinds = [
+        (torch.zeros(3, 16), None, "near"),
+        (torch.zeros(3, 16), None, "last"),
+        (torch.zeros(3, 16), torch.zeros(3), "near"),
+        (torch.zeros(16, 3).T, None, "near"),
+        (torch.zeros(3, 16).half(), None, "near"),
+    ]
+    for _ in range(3):
+        assert [decide(*kind) for kind in kinds] == [kind[2] for kind in kinds]
+    assert len(asked) == len(kinds)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"x is \(3,\)"):
+            decide(torch.zeros(3), None, "near")
+    assert len(asked) == len(kinds) + 2
+    dispatch.forget()
+    decide(*kinds[0])
+    assert len(asked) == len(kinds) + 3
+
+
+def test_no_more_decisions_are_kept_than_is_allowed(monkeypatch):
+    monkeypatch.setattr(dispatch, "MAX_KNOWN", 3)
+    decide = dispatch.remembered(lambda x: f"{x.numel()}")
+    for size in [*range(10)] * 2:
+        assert decide(torch.zeros(size)) == f"{size}"
+        assert len(dispatch._known[-1]) <= 3
+
+
+@pytest.mark.parametrize("name", ["linear", "quantized_linear"])
+def test_what_is_recorded_is_another_kind(name, monkeypatch):
+    """Where a kernel is worth it only without a gradient, or only with one."""
+    weight = torch.randn(64, 64)
+    given = ops.quantize_weight(weight, 8) if name == "quantized_linear" else weight
+    records, module = [], sys.modules[f"vlcore.ops.{name}"]
+
+    def worthwhile(x, *others):
+        records.append(torch.is_grad_enabled() and x.requires_grad)
+        return False
+
+    kernels = {name: replace(kernel, worthwhile=worthwhile) for name, kernel in list(module.KERNELS.items())[:1]}
+    monkeypatch.setattr(module, "KERNELS", kernels)
+    for requires_grad in (False, True, False):
+        getattr(ops, name)(torch.randn(3, 64, requires_grad=requires_grad), given)
+    assert records[:2] == [False, True]
 
 
 def test_gradients_are_those_of_autograd_also_where_it_is_switched_off():

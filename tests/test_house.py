@@ -113,7 +113,7 @@ def stems(pattern: str) -> set[str]:
 
 OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks", "products"}
 # Device code, and what launches it, that several operators share.
-SHARED = {"bilinear", "convolution", "direct_launch", "launch", "matrix_product", "rotary"}
+SHARED = {"bilinear", "convolution", "direct_launch", "launch", "matrix_product", "replay", "rotary"}
 SHARED |= {f"grid_attention{part}" for part in ("", "_backward", "_launch", "_sums")}
 SHARED |= {f"{name}{part}" for name in ("norm_rows", "sequence_attention") for part in ("", "_backward")}
 

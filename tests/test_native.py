@@ -12,6 +12,7 @@ from vlcore import native, ops
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZE = 64 * 2**20
+needs_cpp = pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
 
 
 def fresh() -> torch.Tensor:
@@ -30,7 +31,7 @@ def flags(tensor: torch.Tensor) -> list[str]:
     raise AssertionError(f"{address:x} is not in /proc/self/smaps")
 
 
-@pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
+@needs_cpp
 @pytest.mark.skipif(not SETTING.exists(), reason="this system has no transparent huge pages")
 def test_the_system_is_asked_for_huge_pages():
     """Whether it has any to give depends on what else is in its memory."""
@@ -39,7 +40,7 @@ def test_the_system_is_asked_for_huge_pages():
     assert "hg" in flags(wanted) and "hg" not in flags(plain)
 
 
-@pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
+@needs_cpp
 @pytest.mark.skipif(not SETTING.exists(), reason="this system has no transparent huge pages")
 def test_large_results_are_written_to_huge_pages():
     x = torch.ones(2049, 4096)
@@ -163,3 +164,88 @@ def test_cuda_kernels_of_nothing_are_not_launched():
     native.cuda.quantized_linear_forward(x, x, None, None, None, 0, 4, 64, 1, 8, (0, 0))
     native.cuda.decode_attention_forward(None, None, None, x, x, None, None, 0, 64, 64, 2, 1, 64, 8, 1e4, 1.0, (0, 0))
     assert native.cuda.architectures
+
+
+LOOKS = {
+    "two by three": (torch.zeros(2, 3),),
+    "three by two": (torch.zeros(3, 2),),
+    "six": (torch.zeros(6),),
+    "none": (torch.zeros(0),),
+    "a scalar": (torch.zeros(()),),
+    "turned": (torch.zeros(3, 2).T,),
+    "expanded": (torch.zeros(3).expand(2, 3),),
+    "float16": (torch.zeros(2, 3).half(),),
+    "bfloat16": (torch.zeros(2, 3).bfloat16(),),
+    "int32": (torch.zeros(2, 3).int(),),
+    "not aligned": (torch.zeros(7)[1:].view(2, 3),),
+    "two tensors": (torch.zeros(2, 3), torch.zeros(2, 3)),
+    "a tensor and nothing": (torch.zeros(2, 3), None),
+    "nothing": (None,),
+    "no argument": (),
+    "true": (True,),
+    "false": (False,),
+    "one": (1,),
+    "one as a float": (1.0,),
+    "minus one": (-1,),
+    "zero": (0.0,),
+    "minus zero": (-0.0,),
+    "a string": ("ab",),
+    "two strings": ("a", "b"),
+    "a string that might be two": ("aSb",),
+    "no string": ("",),
+}
+
+
+@needs_cpp
+def test_what_looks_different_has_another_signature():
+    signatures = {name: native.signature(*arguments) for name, arguments in LOOKS.items()}
+    assert all(isinstance(signature, bytes) for signature in signatures.values())
+    assert len(set(signatures.values())) == len(LOOKS)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0, 5), (1, 2, 3, 4, 5, 6, 7, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_what_looks_alike_has_the_same_signature(shape, dtype):
+    first = torch.zeros(shape, dtype=dtype)
+    second = torch.nn.Parameter(torch.ones(shape, dtype=dtype), requires_grad=dtype.is_floating_point)
+    assert native.signature(first, 1.5, "auto") == native.signature(second, 1.5, "auto")
+
+
+class Derived(torch.Tensor):
+    pass
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (1, 2),
+        [1],
+        2**63,
+        torch.float32,
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        torch.zeros(3).as_subclass(Derived),
+        "a" * 5000,
+        "\ud800",
+    ],
+    ids=lambda odd: type(odd).__name__,
+)
+def test_what_has_no_signature(odd):
+    assert native.signature(torch.zeros(3), odd) is None
+
+
+@needs_cpp
+def test_a_tensor_of_a_transform_has_no_signature():
+    found = []
+
+    def function(x):
+        found.append(native.signature(x))
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(3))
+    torch.vmap(function)(torch.ones(2, 3))
+    with torch._subclasses.FakeTensorMode():
+        function(torch.ones(3))
+    assert found == [None] * 3

@@ -19,6 +19,23 @@ cpp = _load("_C")
 cuda = _load("_cuda")
 
 
+def _no_signature(*arguments) -> None:
+    return None
+
+
+def _signature() -> Callable[..., bytes | None]:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if cpp is None or exchange is None:  # torch has it since 2.10
+        return _no_signature
+    cpp.look_at_tensors_by(exchange, (Tensor, torch.nn.Parameter))
+    return cpp.signature
+
+
+# What arguments look like, as bytes: equal where tensors are of equal devices, dtypes, shapes, strides and alignment,
+# and numbers and strings are equal. None where anything else is among them, or this build cannot tell.
+signature = _signature()
+
+
 # The instructions that C++ kernels use, of csrc/kernels.h: those of this machine. Tests lower it.
 level: int = cpp.best_level() if cpp else 0
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -126,7 +143,8 @@ def triton(operator: str, launcher: str) -> Callable:
 
     @cache
     def found() -> Callable:
-        return getattr(import_module(f"vlcore.kernels.{operator}"), launcher)
+        replay = import_module("vlcore.kernels.replay")
+        return replay.remembered(getattr(import_module(f"vlcore.kernels.{operator}"), launcher))
 
     def launch(*args):
         return found()(*args)

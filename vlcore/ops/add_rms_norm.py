@@ -6,7 +6,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
 from vlcore.ops.rms_norm import rms_norm, rms_norm_reference
 
 
@@ -35,14 +35,19 @@ def add_rms_norm(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    checks.alike("add_rms_norm", x=x, residual=residual, weight=weight)
-    checks.shape("add_rms_norm", "residual", residual, x.shape, "x", x)
-    checks.shape("add_rms_norm", "weight", weight, x.shape[-1:], "x", x)
-    chosen = choose("add_rms_norm", KERNELS, backend, x, residual, weight)
+    chosen = _chosen(x, residual, weight, backend)
     if chosen == TORCH:
         total = x + residual
         return rms_norm(total, weight, eps, backend=backend), total
     return apply(AddRMSNorm, x, residual, weight, eps, chosen)
+
+
+@remembered
+def _chosen(x: Tensor, residual: Tensor, weight: Tensor, backend: str) -> str:
+    checks.alike("add_rms_norm", x=x, residual=residual, weight=weight)
+    checks.shape("add_rms_norm", "residual", residual, x.shape, "x", x)
+    checks.shape("add_rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    return choose("add_rms_norm", KERNELS, backend, x, residual, weight)
 
 
 class AddRMSNorm(torch.autograd.Function):

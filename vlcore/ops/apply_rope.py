@@ -8,7 +8,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, once_differentiable
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, once_differentiable, remembered
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -44,13 +44,18 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 1e4, *, backend: str
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    checks.rank("apply_rope", "x", x, "B T H D")
-    checks.alike("apply_rope", x=x)
-    check_positions("apply_rope", positions, "x", x)
-    backend = choose("apply_rope", KERNELS, backend, x, positions, theta)
+    backend = _chosen(x, positions, theta, backend)
     if backend == TORCH:
         return apply_rope_reference(x, positions, theta)
     return apply(ApplyRope, x, positions, theta, backend)
+
+
+@remembered
+def _chosen(x: Tensor, positions: Tensor, theta: float, backend: str) -> str:
+    checks.rank("apply_rope", "x", x, "B T H D")
+    checks.alike("apply_rope", x=x)
+    check_positions("apply_rope", positions, "x", x)
+    return choose("apply_rope", KERNELS, backend, x, positions, theta)
 
 
 def check_positions(operator: str, positions: Tensor, name: str, x: Tensor) -> None:

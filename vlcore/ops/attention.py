@@ -7,7 +7,18 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    gradients,
+    once_differentiable,
+    remembered,
+    statistics,
+)
 
 # The widest head that a program of Triton's holds.
 MAX_HEAD_DIM = 128
@@ -110,13 +121,17 @@ def attention(
     Raises:
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
-    check("attention", q, k, v, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (q, k, v, causal, cu_seqlens, scale)
-    backend = choose("attention", KERNELS, backend, *arguments)
+    backend = _chosen(q, k, v, causal, cu_seqlens, scale, backend)
+    arguments = (q, k, v, causal, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == TORCH and may_split(cu_seqlens):
         return attention_reference(*arguments)
     return apply(Attention, *arguments, backend)
+
+
+@remembered
+def _chosen(q, k, v, causal, cu_seqlens, scale, backend) -> str:
+    check("attention", q, k, v, cu_seqlens)
+    return choose("attention", KERNELS, backend, q, k, v, causal, cu_seqlens, scale)
 
 
 def check(operator: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.apply_rope import rope_tables, rotate
 from vlcore.ops.attention import MAX_HEAD_DIM
-from vlcore.ops.dispatch import AUTO, Kernel, choose, define
+from vlcore.ops.dispatch import AUTO, Kernel, choose, define, remembered
 
 
 def decode_attention_reference(
@@ -85,11 +85,18 @@ def decode_attention(
         ValueError: shapes, dtypes, devices or lengths that do not fit, a gradient is asked for, or a backend that
             cannot run them.
     """
-    _check(q, k, v, key_cache, value_cache, lengths)
+    backend = _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
+    checks.without_gradient("decode_attention", q, k, v, key_cache, value_cache)
+    checks.room("decode_attention", lengths, key_cache)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, key_cache, value_cache, lengths, theta, scale)
-    backend = choose("decode_attention", KERNELS, backend, *arguments)
     return decode_attention_forward(*arguments, backend)
+
+
+@remembered
+def _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend) -> str:
+    _check(q, k, v, key_cache, value_cache, lengths)
+    return choose("decode_attention", KERNELS, backend, q, k, v, key_cache, value_cache, lengths, theta, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
@@ -110,8 +117,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tens
     checks.on_device("decode_attention", "lengths", lengths, "q", q)
     if head_dim % 2:
         raise ValueError(f"decode_attention: rotary positions turn pairs; a head of {head_dim} is odd.")
-    checks.without_gradient("decode_attention", q, k, v, key_cache, value_cache)
-    checks.room("decode_attention", lengths, key_cache)
 
 
 def _cpp_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> list[str]:

@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler as _profiler
 
+from vlcore import native
+
 TORCH = "torch"
 AUTO = "auto"
+# Kinds of arguments of one operator; what is forgotten is decided again.
+MAX_KNOWN = 4096
 
+_is_compiling = torch.compiler.is_compiling
 _library = torch.library.Library("vlcore", "FRAGMENT")
 
 
@@ -58,6 +63,41 @@ def choose(operator: str, kernels: Mapping[str, Kernel], requested: str, *argume
         given = ", ".join(_describe(argument) for argument in arguments if argument is not None)
         raise ValueError(f"{operator} cannot run on {requested!r} with {given}: {'; '.join(reasons)}.")
     return requested
+
+
+_known: list[dict[bytes, str]] = []
+
+
+def remembered(decide: Callable[..., str]) -> Callable[..., str]:
+    """`decide`, which checks arguments and chooses a backend for them, asked once for all that look alike.
+
+    What it says may follow from how arguments look, but neither from what tensors hold nor from whether gradients are
+    recorded. What it raises, it raises each time.
+    """
+    known: dict[bytes, str] = {}
+    _known.append(known)
+
+    @wraps(decide)
+    def run(*arguments):
+        # A graph that is being compiled keeps the answer by itself.
+        kind = None if _is_compiling() else native.signature(*arguments)
+        if kind is None:
+            return decide(*arguments)
+        chosen = known.get(kind)
+        if chosen is None:
+            chosen = decide(*arguments)
+            if len(known) >= MAX_KNOWN:
+                known.clear()
+            known[kind] = chosen
+        return chosen
+
+    return run
+
+
+def forget() -> None:
+    """What has been decided, where what it followed from has changed besides arguments: a table of kernels, say."""
+    for known in _known:
+        known.clear()
 
 
 def _describe(argument) -> str:
@@ -122,7 +162,6 @@ _in_dispatch_mode = torch._C._len_torch_dispatch_stack
 _in_function_mode = torch._C._len_torch_function_stack
 _is_transformed = torch._C._are_functorch_transforms_active
 _is_traced = torch._C._is_tracing
-_is_compiling = torch.compiler.is_compiling
 
 
 def _is_watched(arguments: tuple) -> bool:

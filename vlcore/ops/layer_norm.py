@@ -7,7 +7,18 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    gradients,
+    once_differentiable,
+    remembered,
+    statistics,
+)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -30,13 +41,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, ba
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    checks.alike("layer_norm", x=x, weight=weight, bias=bias)
-    checks.shape("layer_norm", "weight", weight, x.shape[-1:], "x", x)
-    checks.shape("layer_norm", "bias", bias, x.shape[-1:], "x", x)
-    backend = choose("layer_norm", KERNELS, backend, x, weight, bias)
+    backend = _chosen(x, weight, bias, backend)
     if backend == TORCH:
         return layer_norm_reference(x, weight, bias, eps)
     return apply(LayerNorm, x, weight, bias, eps, backend)
+
+
+@remembered
+def _chosen(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> str:
+    checks.alike("layer_norm", x=x, weight=weight, bias=bias)
+    checks.shape("layer_norm", "weight", weight, x.shape[-1:], "x", x)
+    checks.shape("layer_norm", "bias", bias, x.shape[-1:], "x", x)
+    return choose("layer_norm", KERNELS, backend, x, weight, bias)
 
 
 class LayerNorm(torch.autograd.Function):

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.ops import checks, products
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, needs_gradient, once_differentiable
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    needs_gradient,
+    once_differentiable,
+    remembered,
+)
 
 # Rows up to which a kernel is a reading of the weight.
 MAX_ROWS = 16
@@ -60,6 +70,20 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, another activation, or a backend that cannot run them.
     """
+    arguments = (x, weight, bias, residual, activation)
+    records = needs_gradient(x, weight, bias, residual)
+    backend = _chosen(*arguments, backend, records)
+    if backend == TORCH:
+        return linear_reference(*arguments)
+    if records:
+        # What goes into the activation is kept for its gradient.
+        return _behind(apply(LinearFunction, x, weight, bias, backend), residual, activation)
+    tensors = (None if tensor is None else tensor.contiguous() for tensor in arguments[:4])
+    return linear_forward(*tensors, activation, backend)
+
+
+@remembered
+def _chosen(x, weight, bias, residual, activation, backend, records) -> str:
     checks.alike("linear", x=x, weight=weight, bias=bias, residual=residual)
     checks.rank("linear", "weight", weight, "N K")
     checks.shape("linear", "weight", weight, (weight.shape[0], *x.shape[-1:]), "x", x)
@@ -69,15 +93,7 @@ def linear(
         checks.shape("linear", "residual", residual, (*x.shape[:-1], weight.shape[0]), "x", x)
     if activation not in (None, "gelu"):
         raise ValueError(f"linear: activation {activation!r} is neither 'gelu' nor None.")
-    arguments = (x, weight, bias, residual, activation)
-    backend = choose("linear", KERNELS, backend, *arguments)
-    if backend == TORCH:
-        return linear_reference(*arguments)
-    if needs_gradient(x, weight, bias, residual):
-        # What goes into the activation is kept for its gradient.
-        return _behind(apply(LinearFunction, x, weight, bias, backend), residual, activation)
-    tensors = (None if tensor is None else tensor.contiguous() for tensor in arguments[:4])
-    return linear_forward(*tensors, activation, backend)
+    return choose("linear", KERNELS, backend, x, weight, bias, residual, activation)
 
 
 class LinearFunction(torch.autograd.Function):

@@ -9,7 +9,17 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks, products
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, needs_gradient, once_differentiable
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    needs_gradient,
+    once_differentiable,
+    remembered,
+)
 from vlcore.ops.linear import MAX_ROWS, linear_forward, num_rows
 
 GROUP_SIZES = (32, 64, 128)
@@ -111,18 +121,22 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    checks.alike("quantized_linear", x=x, bias=bias)
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"quantized_linear: x is {tuple(x.shape)}; weight {weight.shape} needs (..., {weight.shape[1]})."
-        )
-    checks.on_device("quantized_linear", "weight", weight.values, "x", x)
-    if bias is not None and bias.shape != (weight.shape[0],):
-        needed = f"weight {weight.shape} needs ({weight.shape[0]},)"
-        raise ValueError(f"quantized_linear: bias is {tuple(bias.shape)}; {needed}.")
     arguments = (x, weight.values, weight.scales, bias, weight.bits)
-    backend = choose("quantized_linear", KERNELS, backend, *arguments)
+    backend = _chosen(*arguments, *weight.shape, backend, needs_gradient(x, bias))
     return apply(QuantizedLinear, *arguments, backend)
+
+
+@remembered
+def _chosen(x, values, scales, bias, bits, num_outputs, num_inputs, backend, records) -> str:
+    checks.alike("quantized_linear", x=x, bias=bias)
+    shape = num_outputs, num_inputs
+    if x.ndim == 0 or x.shape[-1] != num_inputs:
+        raise ValueError(f"quantized_linear: x is {tuple(x.shape)}; weight {shape} needs (..., {num_inputs}).")
+    checks.on_device("quantized_linear", "weight", values, "x", x)
+    if bias is not None and bias.shape != (num_outputs,):
+        needed = f"weight {shape} needs ({num_outputs},)"
+        raise ValueError(f"quantized_linear: bias is {tuple(bias.shape)}; {needed}.")
+    return choose("quantized_linear", KERNELS, backend, x, values, scales, bias, bits)
 
 
 class QuantizedLinear(torch.autograd.Function):

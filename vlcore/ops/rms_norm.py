@@ -6,7 +6,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -31,12 +31,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = AUT
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    checks.alike("rms_norm", x=x, weight=weight)
-    checks.shape("rms_norm", "weight", weight, x.shape[-1:], "x", x)
-    backend = choose("rms_norm", KERNELS, backend, x, weight)
+    backend = _chosen(x, weight, backend)
     if backend == TORCH:
         return rms_norm_reference(x, weight, eps)
     return apply(RMSNorm, x, weight, eps, backend)
+
+
+@remembered
+def _chosen(x: Tensor, weight: Tensor, backend: str) -> str:
+    checks.alike("rms_norm", x=x, weight=weight)
+    checks.shape("rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    return choose("rms_norm", KERNELS, backend, x, weight)
 
 
 class RMSNorm(torch.autograd.Function):

@@ -21,7 +21,18 @@ from vlcore.ops.attention import (
     triton_bounds,
     triton_refusals,
 )
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, statistics
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    gradients,
+    once_differentiable,
+    remembered,
+    statistics,
+)
 
 
 def rope_attention_reference(
@@ -73,14 +84,19 @@ def rope_attention(
     Raises:
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
-    check("rope_attention", q, k, v, cu_seqlens)
-    check_positions("rope_attention", positions, "k", k)
+    backend = _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, positions, theta, causal, cu_seqlens, scale)
-    backend = choose("rope_attention", KERNELS, backend, *arguments)
     if backend == TORCH and may_split(cu_seqlens):
         return rope_attention_reference(*arguments)
     return apply(RopeAttention, *arguments, backend)
+
+
+@remembered
+def _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend) -> str:
+    check("rope_attention", q, k, v, cu_seqlens)
+    check_positions("rope_attention", positions, "k", k)
+    return choose("rope_attention", KERNELS, backend, q, k, v, positions, theta, causal, cu_seqlens, scale)
 
 
 class RopeAttention(torch.autograd.Function):

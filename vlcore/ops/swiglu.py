@@ -7,7 +7,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -29,12 +29,17 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = AUTO) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    checks.alike("swiglu", gate=gate, up=up)
-    checks.shape("swiglu", "up", up, gate.shape, "gate", gate)
-    backend = choose("swiglu", KERNELS, backend, gate, up)
+    backend = _chosen(gate, up, backend)
     if backend == TORCH:
         return swiglu_reference(gate, up)
     return apply(SwiGLU, gate, up, backend)
+
+
+@remembered
+def _chosen(gate: Tensor, up: Tensor, backend: str) -> str:
+    checks.alike("swiglu", gate=gate, up=up)
+    checks.shape("swiglu", "up", up, gate.shape, "gate", gate)
+    return choose("swiglu", KERNELS, backend, gate, up)
 
 
 class SwiGLU(torch.autograd.Function):

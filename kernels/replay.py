@@ -1,0 +1,178 @@
+"""Calling a launcher again without computing again what follows from how its arguments look.
+
+A launcher looks at shapes and strides, chooses settings from a table, allocates, and launches: the same at every call
+with arguments that look the same. So the second call of a kind is noted, and if it only allocates and launches, those
+behind it do just that. A launcher need not know of it: what else it asks torch for is seen, and nothing is kept then.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from triton.runtime import driver
+
+from vlcore import native
+
+from . import direct_launch, launch
+
+# Kinds of calls of one launcher; what is forgotten is noted again.
+MAX_KINDS = 1024
+
+_ALLOCATES = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty)
+# Unless they copy.
+_VIEWS = tuple(
+    getattr(Tensor, name)
+    for name in ("__getitem__", "contiguous", "flatten", "permute", "reshape", "to", "transpose", "unflatten", "view")
+)
+# What a tensor looks like, which `native.signature` tells apart, or has no part in what is launched.
+_LOOKS = (
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cpu", "is_cuda", "ndim", "shape")),
+    *(getattr(Tensor, name) for name in ("dim", "element_size", "is_contiguous", "numel", "size", "stride")),
+    Tensor.data_ptr,  # for Triton
+)
+
+
+class _Plan(NamedTuple):
+    """What calls of a kind do; places count the arguments, then what is allocated, then None."""
+
+    templates: tuple[Tensor, ...] = ()  # like what is allocated, and all of one number
+    # For csrc/launch_again.cpp: what is kept of a kernel, grid, places with bytes behind their beginning, numbers.
+    launches: tuple[tuple, ...] = ()
+    hooks: tuple[list, ...] = ()  # of the kernels, which Triton has to call
+    result: Callable[[tuple], Any] | None = None  # of all places
+
+
+_SEEN_ONCE, _NOT_TO_BE_REPEATED = _Plan(), _Plan()
+_kinds_of_launchers: list[dict[bytes, _Plan]] = []
+
+
+def forget() -> None:
+    """All plans, where what launchers depend on has changed: tables, or Triton's driver."""
+    for kinds in _kinds_of_launchers:
+        kinds.clear()
+
+
+def remembered(launcher: Callable) -> Callable:
+    """`launcher`, whose calls are repeated.
+
+    What it does may follow from how its arguments look, the current device, launch tables, and torch's switch for TF32,
+    but not from what tensors hold. Tensors that it allocates and that it is given may not be told apart by `is`.
+    """
+    if launch.INTERPRETED:
+        return launcher
+    kinds: dict[bytes, _Plan] = {}
+    _kinds_of_launchers.append(kinds)
+
+    def call(*arguments):
+        if direct_launch.is_observed():
+            return launcher(*arguments)
+        active = driver.active
+        device = active.get_current_device()
+        kind = native.signature(*arguments, device, _tf32(arguments[0]))
+        if kind is None:
+            return launcher(*arguments)
+        plan = kinds.get(kind)
+        if plan is None or plan is _SEEN_ONCE:
+            return _note(launcher, arguments, kinds, kind)
+        if plan.result is not None and not any(plan.hooks):
+            places = (*arguments, *map(torch.empty_like, plan.templates), None)
+            if native.cpp.launch_all(plan.launches, active.get_current_stream(device), places):
+                return plan.result(places)
+        return launcher(*arguments)
+
+    return call
+
+
+def _tf32(tensor: Tensor) -> str | None:
+    """The switch, where it matters."""
+    return torch.backends.cuda.matmul.fp32_precision if tensor.dtype == torch.float32 else None
+
+
+def _note(launcher: Callable, arguments: tuple, kinds: dict[bytes, _Plan], kind: bytes):
+    if kind not in kinds:
+        if len(kinds) >= MAX_KINDS:
+            kinds.clear()
+        kinds[kind] = _SEEN_ONCE
+        return launcher(*arguments)
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        # Which of them was launched with could not be told.
+        return launcher(*arguments)
+    with _Calls(arguments) as calls, direct_launch.noted() as launches:
+        results = launcher(*arguments)
+    kinds[kind] = _plan(calls, launches, results) or _NOT_TO_BE_REPEATED
+    return results
+
+
+class _Calls(TorchFunctionMode):
+    """What torch is asked for, and where the tensors begin that it is asked with."""
+
+    def __init__(self, arguments: tuple) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.allocated: list[Tensor] = []
+        self.views: list[Tensor] = []  # kept, or others would be mistaken for them
+        self.begins = {id(argument): (place, 0) for place, argument in enumerate(arguments)}
+        self.does_more = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in _ALLOCATES:
+            self.begins[id(result)] = len(self.arguments) + len(self.allocated), 0
+            self.allocated.append(result)
+        elif function in _VIEWS and _is_view_of(result, args[0]) and id(args[0]) in self.begins:
+            place, offset = self.begins[id(args[0])]
+            self.begins[id(result)] = place, offset + result.data_ptr() - args[0].data_ptr()
+            self.views.append(result)
+        elif function not in _LOOKS:
+            self.does_more = True
+        return result
+
+
+def _is_view_of(result: Tensor, tensor: Tensor) -> bool:
+    return result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+
+def _plan(calls: _Calls, launches: list[direct_launch.Launch], results) -> _Plan | None:
+    """None where a call is more than can be repeated."""
+    whole = (*calls.arguments, *calls.allocated, None)
+    places = {id(each): place for place, each in enumerate(whole)}
+    begins = calls.begins | {id(None): (places[id(None)], 0)}
+    given_back = (results,) if isinstance(results, Tensor) else results
+    if (
+        calls.does_more
+        or not all(id(result) in places for result in given_back)
+        or not all(launch.kept and all(id(tensor) in begins for tensor in launch.tensors) for launch in launches)
+        or not all(map(_is_packed, calls.allocated))
+    ):
+        return None
+    return _Plan(
+        tuple(_speck(tensor.device, tensor.dtype).expand(tensor.shape) for tensor in calls.allocated),
+        tuple((each.kept, each.grid, tuple(begins[id(x)] for x in each.tensors), each.numbers) for each in launches),
+        tuple(each.kernel.pre_run_hooks for each in launches),
+        _taking([places[id(result)] for result in given_back], isinstance(results, Tensor)),
+    )
+
+
+def _taking(places: list[int], alone: bool) -> Callable[[tuple], Any]:
+    take = itemgetter(*places)
+    return take if alone or len(places) > 1 else lambda whole: (take(whole),)
+
+
+@cache
+def _speck(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.empty((), device=device, dtype=dtype)
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether it is laid out as torch.empty_like lays out what its template is like."""
+    stride = 1
+    for size, given in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if given != stride:
+            return False
+        stride *= max(size, 1)
+    return True
