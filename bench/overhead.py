@@ -2,7 +2,7 @@
 
 Forward alone, with gradients to be recorded and without, beside torch's own. On a GPU the time until a call is queued.
 Without one, the calls that launch Triton's kernels are measured too, with a stand-in for the GPU's driver: all that
-Python does for them, but neither the driver's own part of a launch nor the question whether Triton can run them.
+Python does for them, but not the driver's own part of a launch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -3,6 +3,9 @@
 #include "launch_again.h"
 
 #include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "signature.h"

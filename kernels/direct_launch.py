@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from threading import local
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -74,10 +75,14 @@ def run(
         numbers: ints, floats and bools, and tuples of ints.
         settings: the kernel's other parameters, all constexpr, and num_warps and num_stages.
     """
-    made = _run(kernel, grid, tensors, numbers, settings)
     launches = getattr(_thread, "launches", None)
-    if launches is not None:
-        launches.append(Launch(made, kernel, grid, tensors, numbers))
+    if launches is None:
+        _run(kernel, grid, tensors, numbers, settings)
+        return
+    # What Triton asks of tensors is no business of who notes.
+    with torch._C.DisableTorchFunction():
+        made = _run(kernel, grid, tensors, numbers, settings)
+    launches.append(Launch(made, kernel, grid, tensors, numbers))
 
 
 def _run(
@@ -112,13 +117,12 @@ def is_observed() -> bool:
 
 @contextmanager
 def noted() -> Iterator[list[Launch]]:
-    """All that this thread launches by `run` in it."""
-    before = getattr(_thread, "launches", None)
+    """All that this thread launches by `run` in it; it is not to be nested."""
     _thread.launches = []
     try:
         yield _thread.launches
     finally:
-        _thread.launches = before
+        _thread.launches = None
 
 
 def _keep(key: tuple, kernel: Any, compiled: Any, num_given: int, settings: Mapping[str, Any]) -> _Kept | None:

@@ -3,10 +3,11 @@
 A launcher looks at shapes and strides, chooses settings from a table, allocates, and launches: the same at every call
 with arguments that look the same. So the second call of a kind is noted, and if it only allocates and launches, those
 behind it do just that. A launcher need not know of it: what else it asks torch for is seen, and nothing is kept then.
+What it would do without asking torch, such as to call C++, cannot be seen, and is not for launchers.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -32,20 +33,20 @@ _VIEWS = tuple(
 _LOOKS = (
     *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cpu", "is_cuda", "ndim", "shape")),
     *(getattr(Tensor, name) for name in ("dim", "element_size", "is_contiguous", "numel", "size", "stride")),
-    Tensor.data_ptr,  # for Triton
 )
 
 
 class _Plan(NamedTuple):
-    """What calls of a kind do; places count the arguments, then what is allocated, then None."""
+    """What calls of a kind do; places count a whole: the arguments, then what is allocated, then None."""
 
-    templates: tuple[Tensor, ...] = ()  # like what is allocated, and all of one number
+    allocations: tuple[Callable[[], Tensor], ...] = ()
     # For csrc/launch_again.cpp: what is kept of a kernel, grid, places with bytes behind their beginning, numbers.
     launches: tuple[tuple, ...] = ()
     hooks: tuple[list, ...] = ()  # of the kernels, which Triton has to call
-    result: Callable[[tuple], Any] | None = None  # of all places
+    result: Callable[[tuple], Any] | None = None  # of the whole; None where there is no plan
 
 
+# Told apart by `is`.
 _SEEN_ONCE, _NOT_TO_BE_REPEATED = _Plan(), _Plan()
 _kinds_of_launchers: list[dict[bytes, _Plan]] = []
 
@@ -79,9 +80,9 @@ def remembered(launcher: Callable) -> Callable:
         if plan is None or plan is _SEEN_ONCE:
             return _note(launcher, arguments, kinds, kind)
         if plan.result is not None and not any(plan.hooks):
-            places = (*arguments, *map(torch.empty_like, plan.templates), None)
-            if native.cpp.launch_all(plan.launches, active.get_current_stream(device), places):
-                return plan.result(places)
+            whole = (*arguments, *[allocate() for allocate in plan.allocations], None)
+            if native.cpp.launch_all(plan.launches, active.get_current_stream(device), whole):
+                return plan.result(whole)
         return launcher(*arguments)
 
     return call
@@ -121,20 +122,31 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function in _ALLOCATES:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        others = args if first is None else args[1:]
+        if not _is_without_tensors((*others, *(kwargs or {}).values())):
+            self.does_more = True  # an index, say, or a size, that is read
+        elif function in _ALLOCATES:
             self.begins[id(result)] = len(self.arguments) + len(self.allocated), 0
             self.allocated.append(result)
-        elif function in _VIEWS and _is_view_of(result, args[0]) and id(args[0]) in self.begins:
-            place, offset = self.begins[id(args[0])]
-            self.begins[id(result)] = place, offset + result.data_ptr() - args[0].data_ptr()
+        elif function in _VIEWS and id(first) in self.begins and _is_within(result, first):
+            place, offset = self.begins[id(first)]
+            self.begins[id(result)] = place, offset + result.data_ptr() - first.data_ptr()
             self.views.append(result)
         elif function not in _LOOKS:
             self.does_more = True
         return result
 
 
-def _is_view_of(result: Tensor, tensor: Tensor) -> bool:
-    return result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+def _is_without_tensors(value: object) -> bool:
+    if isinstance(value, slice):
+        value = value.start, value.stop, value.step
+    return all(map(_is_without_tensors, value)) if isinstance(value, (tuple, list)) else not isinstance(value, Tensor)
+
+
+def _is_within(result: Tensor, tensor: Tensor) -> bool:
+    """Whether it is a view of some of its memory."""
+    return result.numel() > 0 and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 def _plan(calls: _Calls, launches: list[direct_launch.Launch], results) -> _Plan | None:
@@ -142,19 +154,23 @@ def _plan(calls: _Calls, launches: list[direct_launch.Launch], results) -> _Plan
     whole = (*calls.arguments, *calls.allocated, None)
     places = {id(each): place for place, each in enumerate(whole)}
     begins = calls.begins | {id(None): (places[id(None)], 0)}
-    given_back = (results,) if isinstance(results, Tensor) else results
+    alone = isinstance(results, Tensor)
+    given_back = (results,) if alone else results
     if (
         calls.does_more
+        or not given_back
+        or type(given_back) is not tuple
         or not all(id(result) in places for result in given_back)
-        or not all(launch.kept and all(id(tensor) in begins for tensor in launch.tensors) for launch in launches)
+        or not all(each.kept and _is_without_tensors(each.numbers) for each in launches)
+        or not all(id(tensor) in begins for each in launches for tensor in each.tensors)
         or not all(map(_is_packed, calls.allocated))
     ):
         return None
     return _Plan(
-        tuple(_speck(tensor.device, tensor.dtype).expand(tensor.shape) for tensor in calls.allocated),
+        tuple(map(_like, calls.allocated)),
         tuple((each.kept, each.grid, tuple(begins[id(x)] for x in each.tensors), each.numbers) for each in launches),
         tuple(each.kernel.pre_run_hooks for each in launches),
-        _taking([places[id(result)] for result in given_back], isinstance(results, Tensor)),
+        _taking([places[id(result)] for result in given_back], alone),
     )
 
 
@@ -163,13 +179,15 @@ def _taking(places: list[int], alone: bool) -> Callable[[tuple], Any]:
     return take if alone or len(places) > 1 else lambda whole: (take(whole),)
 
 
-@cache
-def _speck(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.empty((), device=device, dtype=dtype)
+def _like(tensor: Tensor) -> Callable[[], Tensor]:
+    """What allocates others like it, and holds no memory meanwhile."""
+    none_of_it = torch.empty(0, device=tensor.device, dtype=tensor.dtype)
+    # Sizes one by one are taken in half the time; for no dimensions there are none to take.
+    return partial(none_of_it.new_empty, *tensor.shape) if tensor.ndim else partial(none_of_it.new_empty, ())
 
 
 def _is_packed(tensor: Tensor) -> bool:
-    """Whether it is laid out as torch.empty_like lays out what its template is like."""
+    """Whether it is laid out as what `_like` allocates: is_contiguous leaves the strides of sizes of one open."""
     stride = 1
     for size, given in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if given != stride:

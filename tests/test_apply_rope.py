@@ -82,6 +82,8 @@ def test_refuses_what_does_not_fit():
         ops.apply_rope(x[0], positions)
     with pytest.raises(ValueError, match=r"apply_rope: positions is \(2, 6\); x \(2, 7, 4, 8\) needs \(2, 7\)"):
         ops.apply_rope(x, positions[:, 1:])
+    with pytest.raises(ValueError, match=r"apply_rope: theta is a tensor \(1,\); it needs to be a number"):
+        ops.apply_rope(x, positions, torch.tensor([1e6]))
     with pytest.raises(ValueError, match="apply_rope cannot run on 'cpp' .* float32 and bfloat16 only"):
         ops.apply_rope(x.half(), positions, backend="cpp")
     with pytest.raises(ValueError, match="apply_rope cannot run on 'triton' .* too coarse for float64"):

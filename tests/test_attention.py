@@ -234,6 +234,7 @@ Q, K = torch.zeros(2, 7, 4, 8), torch.zeros(2, 7, 2, 8)
         ({"k": K[:, :5], "v": K[:, :5]}, ": 7 queries stand at the end of 5 keys"),
         ({"cu_seqlens": bounds(0, 7)}, r": cu_seqlens packs sequences .* into B = 1; q is \(2, 7, 4, 8\)"),
         ({"cu_seqlens": bounds(0, 7).long()}, r": cu_seqlens is \(2,\) torch.int64; it needs to be"),
+        ({"scale": torch.tensor([2.0])}, r": scale is a tensor \(1,\); it needs to be a number"),
         ({"backend": "mps"}, r" has no backend 'mps'; it has \['triton', 'cpp', 'torch'\]"),
     ],
 )
@@ -259,7 +260,7 @@ def test_small_calls_are_left_to_torch():
 
 
 def test_says_why_a_backend_cannot_run():
-    with pytest.raises(ValueError, match="attention cannot run on 'cpp' .* float32 and bfloat16 only"):
+    with pytest.raises(ValueError, match="attention cannot run on 'cpp' .* 0.35355.*: .* float32 and bfloat16 only"):
         ops.attention(Q.half(), K.half(), K.half(), backend="cpp")
     with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 129 is not in 1\.\.128"):
         ops.attention(*(torch.zeros(1, 1, 1, 129) for _ in range(3)), backend="triton")

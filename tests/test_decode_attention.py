@@ -227,6 +227,12 @@ def test_says_why_triton_cannot_run():
         ops.decode_attention(*inputs(dim=130), backend="triton")
 
 
+@pytest.mark.parametrize("name", ["theta", "scale"])
+def test_refuses_tensors_for_numbers(name):
+    with pytest.raises(ValueError, match=rf"decode_attention: {name} is a tensor \(\); it needs to be a number"):
+        ops.decode_attention(*inputs(), **{name: torch.tensor(2.0)})
+
+
 def test_refuses_odd_heads():
     with pytest.raises(ValueError, match="a head of 7 is odd"):
         ops.decode_attention(*inputs(dim=7))

@@ -233,6 +233,8 @@ Q, K, POSITIONS = torch.zeros(2, 7, 4, 8), torch.zeros(2, 7, 2, 8), torch.zeros(
         ({"positions": POSITIONS.to("meta")}, "positions is on meta and k on cpu"),
         ({"q": Q[..., :7], "k": K[..., :7], "v": K[..., :7]}, "rotary positions turn pairs; a head of 7 is odd"),
         ({"cu_seqlens": bounds(0, 7)}, r"cu_seqlens packs sequences .* into B = 1; q is \(2, 7, 4, 8\)"),
+        ({"theta": torch.tensor(1e6)}, r"theta is a tensor \(\); it needs to be a number"),
+        ({"scale": torch.tensor(2.0)}, r"scale is a tensor \(\); it needs to be a number"),
     ],
 )
 def test_refuses_what_does_not_fit(changed, message):

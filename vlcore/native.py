@@ -25,7 +25,7 @@ def _no_signature(*arguments) -> None:
 
 def _signature() -> Callable[..., bytes | None]:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if cpp is None or exchange is None:  # torch has it since 2.10
+    if cpp is None or exchange is None:
         return _no_signature
     cpp.look_at_tensors_by(exchange, (Tensor, torch.nn.Parameter))
     return cpp.signature

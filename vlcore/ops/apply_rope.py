@@ -55,6 +55,7 @@ def _chosen(x: Tensor, positions: Tensor, theta: float, backend: str) -> str:
     checks.rank("apply_rope", "x", x, "B T H D")
     checks.alike("apply_rope", x=x)
     check_positions("apply_rope", positions, "x", x)
+    checks.number("apply_rope", "theta", theta)
     return choose("apply_rope", KERNELS, backend, x, positions, theta)
 
 

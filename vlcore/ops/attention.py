@@ -131,6 +131,8 @@ def attention(
 @remembered
 def _chosen(q, k, v, causal, cu_seqlens, scale, backend) -> str:
     check("attention", q, k, v, cu_seqlens)
+    checks.number("attention", "scale", scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return choose("attention", KERNELS, backend, q, k, v, causal, cu_seqlens, scale)
 
 

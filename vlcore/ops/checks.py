@@ -46,6 +46,13 @@ def integer(operator: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{operator}: {name} is {tensor.dtype}; it needs to be one of {INTEGER}.")
 
 
+def number(operator: str, name: str, value: object) -> None:
+    """What a tensor holds would have to be waited for, and launches would be planned for one number and made with
+    another."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{operator}: {name} is a tensor {tuple(value.shape)}; it needs to be a number.")
+
+
 def may_read(tensor: Tensor) -> bool:
     """Whether its values can be looked at without stopping a GPU or breaking a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

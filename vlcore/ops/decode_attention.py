@@ -85,8 +85,8 @@ def decode_attention(
         ValueError: shapes, dtypes, devices or lengths that do not fit, a gradient is asked for, or a backend that
             cannot run them.
     """
-    backend = _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
     checks.without_gradient("decode_attention", q, k, v, key_cache, value_cache)
+    backend = _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
     checks.room("decode_attention", lengths, key_cache)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, key_cache, value_cache, lengths, theta, scale)
@@ -96,6 +96,9 @@ def decode_attention(
 @remembered
 def _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend) -> str:
     _check(q, k, v, key_cache, value_cache, lengths)
+    checks.number("decode_attention", "theta", theta)
+    checks.number("decode_attention", "scale", scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return choose("decode_attention", KERNELS, backend, q, k, v, key_cache, value_cache, lengths, theta, scale)
 
 

@@ -20,6 +20,7 @@ AUTO = "auto"
 MAX_KNOWN = 4096
 
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch._C._is_tracing
 _library = torch.library.Library("vlcore", "FRAGMENT")
 
 
@@ -79,8 +80,8 @@ def remembered(decide: Callable[..., str]) -> Callable[..., str]:
 
     @wraps(decide)
     def run(*arguments):
-        # A graph that is being compiled keeps the answer by itself.
-        kind = None if _is_compiling() else native.signature(*arguments)
+        # A graph that is being made keeps the answer by itself, and torch.jit.trace what it takes to give it.
+        kind = None if _is_compiling() or _is_traced() else native.signature(*arguments)
         if kind is None:
             return decide(*arguments)
         chosen = known.get(kind)
@@ -161,7 +162,6 @@ _is_plain = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None)}.issu
 _in_dispatch_mode = torch._C._len_torch_dispatch_stack
 _in_function_mode = torch._C._len_torch_function_stack
 _is_transformed = torch._C._are_functorch_transforms_active
-_is_traced = torch._C._is_tracing
 
 
 def _is_watched(arguments: tuple) -> bool:

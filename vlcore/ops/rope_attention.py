@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
+from vlcore.ops import checks
 from vlcore.ops.apply_rope import apply_rope, check_positions, rope_tables, rotate
 from vlcore.ops.attention import (
     attention_reference,
@@ -96,6 +97,9 @@ def rope_attention(
 def _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend) -> str:
     check("rope_attention", q, k, v, cu_seqlens)
     check_positions("rope_attention", positions, "k", k)
+    checks.number("rope_attention", "theta", theta)
+    checks.number("rope_attention", "scale", scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return choose("rope_attention", KERNELS, backend, q, k, v, positions, theta, causal, cu_seqlens, scale)
 
 
