@@ -68,9 +68,13 @@ class Writer {
 
 uintptr_t begin(const View& view) { return reinterpret_cast<uintptr_t>(view.data) + view.byte_offset; }
 
+// Each says whether what it is given has a signature.
 bool write_tensor(PyObject* tensor, Writer& to) {
   View view;
-  if (exchange->look(tensor, &view) != 0) return PyErr_Clear(), false;
+  if (exchange->look(tensor, &view) != 0) {
+    PyErr_Clear();
+    return false;
+  }
   const bool aligned = begin(view) % 16 == 0;
   to.value('T');
   to.value(view.device);
@@ -93,7 +97,10 @@ bool write_int(PyObject* number, Writer& to) {
 bool write_string(PyObject* text, Writer& to) {
   Py_ssize_t size = 0;
   const char* const bytes = PyUnicode_AsUTF8AndSize(text, &size);
-  if (bytes == nullptr) return PyErr_Clear(), false;
+  if (bytes == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
   to.value('S');
   to.value(size);
   to.bytes(bytes, size);
@@ -102,13 +109,21 @@ bool write_string(PyObject* text, Writer& to) {
 
 bool write(PyObject* argument, Writer& to) {
   if (is_tensor(argument)) return write_tensor(argument, to);
-  if (argument == Py_None) return to.value('N'), true;
-  if (argument == Py_True) return to.value('Y'), true;
-  if (argument == Py_False) return to.value('X'), true;
   if (PyLong_CheckExact(argument)) return write_int(argument, to);
-  if (PyFloat_CheckExact(argument)) return to.value('F'), to.value(PyFloat_AS_DOUBLE(argument)), true;
   if (PyUnicode_CheckExact(argument)) return write_string(argument, to);
-  return false;
+  if (argument == Py_None) {
+    to.value('N');
+  } else if (argument == Py_True) {
+    to.value('Y');
+  } else if (argument == Py_False) {
+    to.value('X');
+  } else if (PyFloat_CheckExact(argument)) {
+    to.value('F');
+    to.value(PyFloat_AS_DOUBLE(argument));
+  } else {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace
