@@ -23,7 +23,8 @@ def calls() -> dict:
     qkv, packed = [random(2, 32, 4, 64) for _ in range(3)], [random(1, 32, 4, 64) for _ in range(3)]
     wide = [tensor.detach().float().requires_grad_() for tensor in qkv]
     cu_seqlens, positions = torch.tensor([0, 7, 32], dtype=torch.int32), torch.arange(32).expand(2, 32)
-    heads, side, windows, qkv_bias = random(2, 3, 16, 64), random(7, 64), random(1, 6, 6, 3, 2, 64), random(3, 2, 64)
+    heads, sides = [random(2, 3, 16, 64) for _ in range(3)], [random(7, 64) for _ in range(2)]
+    windows, qkv_bias = random(1, 6, 6, 3, 2, 64), random(3, 2, 64)
     vocabulary, labels, hidden = random(32, 64), torch.arange(16), random(16, 64)
     long = (random(2, 40000), random(40000), random(40000))
     layers = (random(64, 32), random(64), random(64, 32), random(64), random(48, 128), random(48))
@@ -45,8 +46,8 @@ def calls() -> dict:
         "apply_rope": lambda: ops.apply_rope(qkv[0], positions, backend="triton"),
         "rope_attention": lambda: ops.rope_attention(*qkv, positions, causal=True, backend="triton"),
         "decode_attention": lambda: ops.decode_attention(*new, *caches, torch.tensor([5, 9]), backend="triton"),
-        "rel_pos_attention": lambda: ops.rel_pos_attention(heads, heads, heads, side, side, (4, 4), backend="triton"),
-        "window_attention": lambda: ops.window_attention(windows, qkv_bias, side, side, 4, backend="triton"),
+        "rel_pos_attention": lambda: ops.rel_pos_attention(*heads, *sides, (4, 4), backend="triton"),
+        "window_attention": lambda: ops.window_attention(windows, qkv_bias, *sides, 4, backend="triton"),
         "hybrid_adaptor": lambda: ops.hybrid_adaptor(x[:, :32], x[:, 32:], *layers, backend="triton"),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(hidden, vocabulary, labels, backend="triton"),
         "quantized_linear, 8 bits": lambda: ops.quantized_linear(x, quantized[0], backend="triton"),
