@@ -30,6 +30,10 @@ using TokenStrides = std::array<int64_t, 3>;
 // The highest level of this machine. Linux is asked for the use of tiles, on behalf of the process.
 Level best_level();
 
+// Whether several stretches of memory are read at once faster than one: by a quarter on Intel's Xeon (Sapphire Rapids),
+// where AMD's Zen 4 reads one fastest.
+bool memory_serves_streams();
+
 // Asks the system to put what is not yet written of `size` bytes on huge pages: a matrix that is read once a token from
 // memory is read a quarter faster from them. Where there are none it does nothing.
 void prefer_huge_pages(void* memory, int64_t size);

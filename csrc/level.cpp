@@ -36,4 +36,13 @@ Level best_level() {
   return Level::generic;
 }
 
+bool memory_serves_streams() {
+#if defined(VLCORE_X86_LEVELS)
+  static const bool is_intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return is_intel;
+#else
+  return false;
+#endif
+}
+
 }  // namespace vlcore

@@ -36,11 +36,11 @@ VLCORE_INLINE typename Step<T>::Loaded read_first(const T* from, int64_t count) 
 }
 
 // Rows of the weight that rows of x are multiplied with at a time, where these are many enough to keep the multipliers
-// busier than the memory.
+// busier than the memory, or where the memory serves several streams faster than one.
 constexpr int64_t kManyRows = 4, kOutputsAtOnce = kLanes == 16 ? 4 : 2;
 
 // y[row * outputs + output], for kRows rows of x and kOutputs rows of a weight. One row of a weight is read in one
-// stream, which is what the memory serves fastest, and summed in as many chains as keep the multipliers busy.
+// stream, and summed in as many chains as keep the multipliers busy.
 template <int kRows, int kOutputs, typename T>
 static void dot_products(const T* x, const T* weight, const T* bias, T* y, int64_t outputs, int64_t inputs) {
   using S = Step<T>;
@@ -103,7 +103,8 @@ static void multiply_rows(const T* x, const T* weight, const T* bias, T* y, int6
     }
     output += kOutputs;
   };
-  while (rows >= kManyRows && output + kOutputsAtOnce <= end) take(std::integral_constant<int, kOutputsAtOnce>{});
+  const bool several = rows >= kManyRows || memory_serves_streams();
+  while (several && output + kOutputsAtOnce <= end) take(std::integral_constant<int, kOutputsAtOnce>{});
   while (output < end) take(std::integral_constant<int, 1>{});
 }
 
