@@ -31,6 +31,8 @@ static void layer_norm_row(const T* x, const T* weight, const T* bias, T* y, flo
   const int64_t whole = cols / kLanes * kLanes;
   const Vec whole_squares = sum_vecs(whole, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec deviation = load(x + col, lanes) - mean;
+    ask_for(x + cols + col);
+    ask_to_write(y + col);
     return deviation * deviation;
   });
   for (int64_t col = whole; col < cols; ++col) {
@@ -50,12 +52,15 @@ static void layer_norm_backward_row(const T* grad_y, const T* x, const T* weight
                                     float* grad_weight, float* grad_bias, int64_t cols) {
   const TwoVecs sums = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec grad = load(grad_y + col, lanes) * load(weight + col, lanes);
+    ask_to_write(grad_x + col);
     return TwoVecs{grad, grad * (load(x + col, lanes) - mean)};
   });
   const float mean_grad = reduce_add(sums.first) / static_cast<float>(cols);
   const float mean_product = reduce_add(sums.second) * rstd / static_cast<float>(cols);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec x_hat = (load(x + col, lanes) - mean) * rstd, grad = load(grad_y + col, lanes);
+    ask_for(x + cols + col);
+    ask_for(grad_y + cols + col);
     store(grad_x + col, (grad * load(weight + col, lanes) - mean_grad - x_hat * mean_product) * rstd, lanes);
     store(grad_weight + col, load(grad_weight + col, lanes) + grad * x_hat, lanes);
     store(grad_bias + col, load(grad_bias + col, lanes) + grad, lanes);

@@ -9,6 +9,18 @@ static float reciprocal_norm(float squares, int64_t cols, float eps) {
   return 1.f / std::sqrt(squares / static_cast<float>(cols) + eps);
 }
 
+// A row is read twice, and the second time the memory would have nothing to do: so the next row is asked for then, and
+// what is to be written while the first time lasts. Behind the last row nothing comes of it.
+template <typename T>
+VLCORE_INLINE void ask_for(const T* row) {
+  __builtin_prefetch(row, 0, 2);
+}
+
+template <typename T>
+VLCORE_INLINE void ask_to_write(T* row) {
+  __builtin_prefetch(row, 1, 3);
+}
+
 template <typename T>
 static void rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float eps) {
   const Vec squares = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
@@ -17,6 +29,7 @@ static void rms_norm_row(const T* x, const T* weight, T* y, int64_t cols, float 
   });
   const float rstd = reciprocal_norm(reduce_add(squares), cols, eps);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
+    ask_for(x + cols + col);
     store(y + col, load(x + col, lanes) * rstd * load(weight + col, lanes), lanes);
   });
 }
@@ -36,12 +49,15 @@ static void rms_norm_backward_row(const T* grad_y, const T* extra, const T* x, c
                                   float* grad_weight, int64_t cols, float eps) {
   const TwoVecs sums = sum_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec value = load(x + col, lanes);
+    ask_to_write(grad_x + col);
     return TwoVecs{value * value, load(grad_y + col, lanes) * load(weight + col, lanes) * value};
   });
   const float rstd = reciprocal_norm(reduce_add(sums.first), cols, eps);
   const float mean = reduce_add(sums.second) * rstd / static_cast<float>(cols);
   for_vecs(cols, [&](int64_t col, auto lanes) VLCORE_INLINED {
     const Vec x_hat = load(x + col, lanes) * rstd, grad = load(grad_y + col, lanes);
+    ask_for(x + cols + col);
+    ask_for(grad_y + cols + col);
     const Vec rest = extra ? load(extra + col, lanes) : Vec{};
     store(grad_x + col, (grad * load(weight + col, lanes) - x_hat * mean) * rstd + rest, lanes);
     store(grad_weight + col, load(grad_weight + col, lanes) + grad * x_hat, lanes);
