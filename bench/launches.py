@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
+from vlcore import native
 from vlcore.kernels import launch
 
 
@@ -68,7 +69,7 @@ def watched(watcher: Watcher, tried: Tried | None = None) -> Iterator[None]:
 
 def _forget() -> None:
     """What launchers have cached that may follow from settings."""
-    import_module("vlcore.kernels.replay").forget()
+    native.Kinds.forget()
     for name in [name for name in sys.modules if name.startswith("vlcore.kernels.")]:
         for value in list(vars(sys.modules[name]).values()):
             if hasattr(value, "cache_clear"):

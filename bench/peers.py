@@ -9,9 +9,8 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
-from vlcore import layouts, ops
+from vlcore import layouts, native, ops
 from vlcore.models import DeepSeekVL
-from vlcore.ops import dispatch
 
 OURS, TORCH_BACKEND, TORCH_COMPILED = "vlcore", "torch backend", "torch.compile"
 EAGER, SDPA = "transformers eager", "transformers SDPA"
@@ -57,13 +56,13 @@ def torch_backend() -> Iterator[None]:
     """Within it "auto" finds no kernels: every operator runs its torch reference."""
     tables = [import_module(f"vlcore.ops.{name}").KERNELS for name in operators()]
     kept = [dict(table) for table in tables]
-    dispatch.forget()
+    native.Kinds.forget()
     try:
         for table in tables:
             table.clear()
         yield
     finally:
-        dispatch.forget()
+        native.Kinds.forget()
         for table, kernels in zip(tables, kept, strict=True):
             table.update(kernels)
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import dispatch
 
 # What Triton asks of a GPU before it loads a kernel, of an H100.
 PROPERTIES = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
@@ -72,7 +72,7 @@ def in_place_of_a_gpu(driver: Driver, architecture: str) -> Iterator[None]:
             loaded.append(kernel)
         load(kernel)
 
-    _forget()
+    native.Kinds.forget()
     try:
         with (
             patch.object(CompiledKernel, "_init_handles", note),
@@ -82,15 +82,7 @@ def in_place_of_a_gpu(driver: Driver, architecture: str) -> Iterator[None]:
         ):
             yield
     finally:
-        _forget()
+        native.Kinds.forget()
         for kernel in loaded:
             # Or the driver of that time would be told to unload it.
             kernel.module = None
-
-
-def _forget() -> None:
-    """What has been decided and planned with another driver, and what kernels take."""
-    from vlcore.kernels import replay
-
-    replay.forget()
-    dispatch.forget()

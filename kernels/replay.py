@@ -48,13 +48,6 @@ class _Plan(NamedTuple):
 
 # Told apart by `is`.
 _SEEN_ONCE, _NOT_TO_BE_REPEATED = _Plan(), _Plan()
-_kinds_of_launchers: list[dict[bytes, _Plan]] = []
-
-
-def forget() -> None:
-    """All plans, where what launchers depend on has changed: tables, or Triton's driver."""
-    for kinds in _kinds_of_launchers:
-        kinds.clear()
 
 
 def remembered(launcher: Callable) -> Callable:
@@ -65,8 +58,7 @@ def remembered(launcher: Callable) -> Callable:
     """
     if launch.INTERPRETED:
         return launcher
-    kinds: dict[bytes, _Plan] = {}
-    _kinds_of_launchers.append(kinds)
+    kinds = native.Kinds(MAX_KINDS)
 
     def call(*arguments):
         if direct_launch.is_observed():
@@ -93,11 +85,9 @@ def _tf32(tensor: Tensor) -> str | None:
     return torch.backends.cuda.matmul.fp32_precision if tensor.dtype == torch.float32 else None
 
 
-def _note(launcher: Callable, arguments: tuple, kinds: dict[bytes, _Plan], kind: bytes):
+def _note(launcher: Callable, arguments: tuple, kinds: native.Kinds, kind: bytes):
     if kind not in kinds:
-        if len(kinds) >= MAX_KINDS:
-            kinds.clear()
-        kinds[kind] = _SEEN_ONCE
+        kinds.keep(kind, _SEEN_ONCE)
         return launcher(*arguments)
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if len({id(tensor) for tensor in tensors}) < len(tensors):
@@ -105,7 +95,7 @@ def _note(launcher: Callable, arguments: tuple, kinds: dict[bytes, _Plan], kind:
         return launcher(*arguments)
     with _Calls(arguments) as calls, direct_launch.noted() as launches:
         results = launcher(*arguments)
-    kinds[kind] = _plan(calls, launches, results) or _NOT_TO_BE_REPEATED
+    kinds.keep(kind, _plan(calls, launches, results) or _NOT_TO_BE_REPEATED)
     return results
 
 

@@ -30,17 +30,11 @@ def same_random_numbers():
 @pytest.fixture(autouse=True)
 def decided_anew():
     """Tests change what kernels say that they can run, and how they are launched."""
-    _forget()
+    from vlcore import native
+
+    native.Kinds.forget()
     yield
-    _forget()
-
-
-def _forget():
-    from vlcore.ops import dispatch
-
-    dispatch.forget()
-    if "vlcore.kernels.replay" in sys.modules:
-        sys.modules["vlcore.kernels.replay"].forget()
+    native.Kinds.forget()
 
 
 @pytest.fixture(autouse=True)

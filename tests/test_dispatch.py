@@ -69,7 +69,7 @@ def test_what_looks_alike_is_decided_once():
         with pytest.raises(ValueError, match=r"x is \(3,\)"):
             decide(torch.zeros(3), None, "near")
     assert len(asked) == len(kinds) + 2
-    dispatch.forget()
+    native.Kinds.forget()
     decide(*kinds[0])
     assert len(asked) == len(kinds) + 3
 
@@ -94,7 +94,7 @@ def test_no_more_decisions_are_kept_than_is_allowed(monkeypatch):
     decide = dispatch.remembered(lambda x: f"{x.numel()}")
     for size in [*range(10)] * 2:
         assert decide(torch.zeros(size)) == f"{size}"
-        assert len(dispatch._known[-1]) <= 3
+        assert len(native.Kinds._all[-1]) <= 3
 
 
 @pytest.mark.parametrize("name", ["linear", "quantized_linear"])

@@ -317,9 +317,9 @@ def test_tensors_that_torch_allocates_elsewhere_are_launched_by_triton(driver, k
     for _ in range(3):
         launcher.call(torch.zeros(16))
     driver.launches.clear()
-    [kind] = replay._kinds_of_launchers[-1]
-    plan = replay._kinds_of_launchers[-1][kind]
-    replay._kinds_of_launchers[-1][kind] = plan._replace(allocations=(lambda: torch.empty(17)[1:],))
+    [kind] = native.Kinds._all[-1]
+    plan = native.Kinds._all[-1][kind]
+    native.Kinds._all[-1][kind] = plan._replace(allocations=(lambda: torch.empty(17)[1:],))
     launcher.call(torch.zeros(16))
     assert launcher.runs == 3 and len(driver.launches) == 1
 
@@ -329,7 +329,7 @@ def test_plans_hold_no_memory(driver, kernel):
     launcher = Launcher(kernel)
     for _ in range(2):
         launcher.call(torch.zeros(3, 16))
-    [plan] = replay._kinds_of_launchers[-1].values()
+    [plan] = native.Kinds._all[-1].values()
     [allocate] = plan.allocations
     assert allocate.func.__self__.untyped_storage().nbytes() == 0
 
@@ -339,7 +339,7 @@ def test_no_more_is_kept_than_is_allowed(driver, kernel, monkeypatch):
     launcher = Launcher(kernel)
     for size in [*range(16, 160, 16)] * 2:
         _, [launched] = called(driver, launcher, torch.zeros(size))
-        assert arguments(launched)[3] == size and 0 < len(replay._kinds_of_launchers[-1]) <= 3
+        assert arguments(launched)[3] == size and 0 < len(native.Kinds._all[-1]) <= 3
 
 
 def test_what_the_launcher_raises_is_raised(driver, kernel):

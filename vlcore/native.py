@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,28 @@ def _signature() -> Callable[..., bytes | None]:
 # What arguments look like, as bytes: equal where tensors are of equal devices, dtypes, shapes, strides and alignment,
 # and numbers and strings are equal. None where anything else is among them, or this build cannot tell.
 signature = _signature()
+
+
+class Kinds(dict):
+    """What has been found out of kinds of calls, by their signatures: no more than `limit`, or it begins anew."""
+
+    _all: ClassVar[list["Kinds"]] = []
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self._all.append(self)
+
+    def keep(self, kind: bytes, found: Any) -> None:
+        if kind not in self and len(self) >= self.limit:
+            self.clear()
+        self[kind] = found
+
+    @classmethod
+    def forget(cls) -> None:
+        """All of all, where what it followed from has changed besides arguments: kernels, launch tables, a driver."""
+        for kinds in cls._all:
+            kinds.clear()
 
 
 # The instructions that C++ kernels use, of csrc/kernels.h: those of this machine. Tests lower it.

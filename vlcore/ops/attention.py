@@ -122,7 +122,7 @@ def attention(
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
     backend = _chosen(q, k, v, causal, cu_seqlens, scale, backend)
-    arguments = (q, k, v, causal, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale)
+    arguments = (q, k, v, causal, cu_seqlens, checks.scale(scale, q))
     if backend == TORCH and may_split(cu_seqlens):
         return attention_reference(*arguments)
     return apply(Attention, *arguments, backend)
@@ -132,7 +132,7 @@ def attention(
 def _chosen(q, k, v, causal, cu_seqlens, scale, backend) -> str:
     check("attention", q, k, v, cu_seqlens)
     checks.number("attention", "scale", scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checks.scale(scale, q)
     return choose("attention", KERNELS, backend, q, k, v, causal, cu_seqlens, scale)
 
 

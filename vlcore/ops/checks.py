@@ -53,6 +53,11 @@ def number(operator: str, name: str, value: object) -> None:
         raise ValueError(f"{operator}: {name} is a tensor {tuple(value.shape)}; it needs to be a number.")
 
 
+def scale(given: float | None, q: Tensor) -> float:
+    """Of attention's scores: D^-1/2 of q (..., D) unless given."""
+    return q.shape[-1] ** -0.5 if given is None else given
+
+
 def may_read(tensor: Tensor) -> bool:
     """Whether its values can be looked at without stopping a GPU or breaking a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -88,7 +88,7 @@ def decode_attention(
     checks.without_gradient("decode_attention", q, k, v, key_cache, value_cache)
     backend = _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
     checks.room("decode_attention", lengths, key_cache)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checks.scale(scale, q)
     arguments = (q, k, v, key_cache, value_cache, lengths, theta, scale)
     return decode_attention_forward(*arguments, backend)
 
@@ -98,7 +98,7 @@ def _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend) -> 
     _check(q, k, v, key_cache, value_cache, lengths)
     checks.number("decode_attention", "theta", theta)
     checks.number("decode_attention", "scale", scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checks.scale(scale, q)
     return choose("decode_attention", KERNELS, backend, q, k, v, key_cache, value_cache, lengths, theta, scale)
 
 

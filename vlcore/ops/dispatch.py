@@ -66,17 +66,13 @@ def choose(operator: str, kernels: Mapping[str, Kernel], requested: str, *argume
     return requested
 
 
-_known: list[dict[bytes, str]] = []
-
-
 def remembered(decide: Callable[..., str]) -> Callable[..., str]:
     """`decide`, which checks arguments and chooses a backend for them, asked once for all that look alike.
 
     What it says may follow from how arguments look, but neither from what tensors hold nor from whether gradients are
     recorded. What it raises, it raises each time.
     """
-    known: dict[bytes, str] = {}
-    _known.append(known)
+    known = native.Kinds(MAX_KNOWN)
 
     @wraps(decide)
     def run(*arguments):
@@ -87,18 +83,10 @@ def remembered(decide: Callable[..., str]) -> Callable[..., str]:
         chosen = known.get(kind)
         if chosen is None:
             chosen = decide(*arguments)
-            if len(known) >= MAX_KNOWN:
-                known.clear()
-            known[kind] = chosen
+            known.keep(kind, chosen)
         return chosen
 
     return run
-
-
-def forget() -> None:
-    """What has been decided, where what it followed from has changed besides arguments: a table of kernels, say."""
-    for known in _known:
-        known.clear()
 
 
 def _describe(argument) -> str:

@@ -86,7 +86,7 @@ def rope_attention(
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
     backend = _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checks.scale(scale, q)
     arguments = (q, k, v, positions, theta, causal, cu_seqlens, scale)
     if backend == TORCH and may_split(cu_seqlens):
         return rope_attention_reference(*arguments)
@@ -99,7 +99,7 @@ def _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend) -> st
     check_positions("rope_attention", positions, "k", k)
     checks.number("rope_attention", "theta", theta)
     checks.number("rope_attention", "scale", scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checks.scale(scale, q)
     return choose("rope_attention", KERNELS, backend, q, k, v, positions, theta, causal, cu_seqlens, scale)
 
 
