@@ -22,7 +22,8 @@ REDUCTIONS = ("mean", "sum", "none")
 # to be fast.
 _CHUNK_LOGITS = 2**20
 _CHUNK_ROWS = 128
-# Of the C++ kernel: words in a block of the vocabulary, rows that pass over it together, and rows of one float32 sum.
+# Of the C++ kernel: words in a block of the vocabulary, about how many rows pass over it together, and rows of one
+# float32 sum.
 _BLOCK_WORDS = 1024
 _GROUP_ROWS = 512
 _TILE_ROWS = 64
@@ -173,7 +174,9 @@ def _cpp_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, 
 
 
 def _groups(x: Tensor) -> list[slice]:
-    return [slice(first, min(first + _GROUP_ROWS, len(x))) for first in range(0, len(x), _GROUP_ROWS)]
+    # Even ones: a group of a few rows that are left would read all of the weight once more.
+    size = -(-len(x) // max(round(len(x) / _GROUP_ROWS), 1))
+    return [slice(first, min(first + size, len(x))) for first in range(0, len(x), size or 1)]
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -184,7 +187,7 @@ def _place(kept: Tensor | None, room: Tensor, first: int, block: Tensor, x: Tens
     """Where a block's logits (words, rows) of the rows x from `start` on are: a part of `kept`, if that is given."""
     at = 0 if kept is None else first * x.shape[1] + len(block) * start
     size = len(block) * len(x)
-    return (room if kept is None else kept)[at : at + size].view(len(block), len(x))
+    return (room if kept is None else kept).view(-1)[at : at + size].view(len(block), len(x))
 
 
 def _softmax(weight, kept, start, grad_x, x, label, scale, losses, largest, total):
@@ -212,9 +215,10 @@ def _softmax(weight, kept, start, grad_x, x, label, scale, losses, largest, tota
 
 def _write_grad_weight(x, weight, label, scale, kept, largest, total, grad_weight):
     """The gradient of a block of the vocabulary at a time: one product of the gradients of its logits with x."""
-    grad_logits, room = x.new_empty(_BLOCK_WORDS, len(x)), x.new_empty(_BLOCK_WORDS * min(len(x), _GROUP_ROWS))
+    groups = _groups(x)
+    grad_logits, room = (x.new_empty(_BLOCK_WORDS, rows) for rows in (len(x), groups[0].stop if groups else 0))
     for first, block in _blocks(weight):
-        for rows in _groups(x):
+        for rows in groups:
             logits = _place(kept, room, first, block, x[rows], rows.start)
             if kept is None:
                 products.a_bt(block, x[rows], logits)
