@@ -15,7 +15,7 @@ from vlcore.bench import machine_code
 from vlcore.bench.dtypes import DTYPES, TF32, computing_in
 from vlcore.bench.gpu_cases import gpu_cases
 from vlcore.bench.harness import Case, Maker, values
-from vlcore.bench.launches import Entry, Tried, watched
+from vlcore.bench.launches import Entry, Tried, Watcher, watched
 from vlcore.bench.shapes_only import ShapesOnly
 from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
 from vlcore.kernels import launch
@@ -41,11 +41,16 @@ def compiled(case: Case, dtype: str, tried: Tried | None = None) -> list[Record]
             made[id(binary)] = binary, found | {"table": table, "entry": entry and entry.index} | _measured(binary)
         return binary
 
+    called(case, dtype, compile_instead, tried)
+    return [record for _, record in made.values()]
+
+
+def called(case: Case, dtype: str, watcher: Watcher, tried: Tried | None = None) -> None:
+    """A case on "triton" without arithmetic, with a watcher of its launches."""
     with ShapesOnly(), computing_in(dtype):
         inputs = case.inputs(Maker(DTYPES[dtype], "cpu"))
-        with watched(compile_instead, tried):
+        with watched(watcher, tried):
             values(case, case.on("triton"), inputs if isinstance(inputs, tuple) else inputs[0])
-    return [record for _, record in made.values()]
 
 
 def _measured(binary) -> Record:

@@ -97,6 +97,7 @@ class Measurement:
         memory: bytes that each needs while it runs, where that was measured.
         failed: what a peer raised that is not timed for it.
         limit: what the machine could do at best, shortly before.
+        commit: of what was measured, once bench/record.py has said it.
     """
 
     operator: str
@@ -112,6 +113,7 @@ class Measurement:
     memory: Mapping[str, int | None] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     limit: Roofline = Roofline(math.inf, math.inf)
+    commit: str = ""
 
     @property
     def title(self) -> str:

@@ -6,8 +6,8 @@
 #
 # FOLDER    where results go: <device>.json, which belongs into bench/results/, with its plot; tests.xml; log.txt;
 #           launch_tables.tar.gz, the kernels/*.json that were tuned (default: build/on_gpu)
-# STEP      of those below (default: all but compiled-operators and compiled-models, the same benches again with
-#           torch.compile among the peers, which take most of a call each)
+# STEP      of those below (default: all but tune-more, for nine minutes, and compiled-operators and compiled-models, the
+#           same benches again with torch.compile among the peers, which take most of a call each)
 # PYTHON    in the environment: what runs it (default: python3). It needs torch, Triton, transformers, pytest and
 #           pybind11; nothing is fetched.
 #
@@ -30,6 +30,7 @@ chosen=("$@")
 ((${#chosen[@]})) || chosen=(build tests tune overhead operators models)
 python=${PYTHON:-python3}
 mkdir -p "$folder"
+rm -f "$folder/tests.xml"  # of an earlier call
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 { read -r results && read -r architecture; } < <("$python" -m vlcore.bench.record --begin "$folder" --device "$device")
 [[ $results ]] || exit 2
@@ -42,7 +43,8 @@ step() {
     [[ " ${chosen[*]} record " == *" $step "* ]] || return 0
     echo "== $step, at most $limit s: $*"
     [[ $dry_run ]] && return 0
-    timeout --kill-after=10 "$limit" "$@"
+    # Interrupted, pytest still tells what failed. It would not get to it if its workers were interrupted too.
+    timeout --foreground --signal=INT --kill-after=10 "$limit" "$@"
     status=$?
     echo "== $step: status $status after $((SECONDS - begin)) s"
     ((status == 0)) || failed+=("$step")
@@ -52,17 +54,25 @@ step() {
 spread=()
 "$python" -c "import xdist" 2>/dev/null && spread=(-n "$(nproc)" --dist worksteal)
 
+on_a_cpu=(data demo evaluate processing test_checkpoint.py test_checkpoint_errors.py test_checkpoint_writing.py test_cli.py
+    test_config.py test_costs.py test_cuda_on_cpu.py test_gpu_code.py test_house.py test_layouts.py test_overrides.py
+    test_packaging.py)
+
 bench=("$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json "$results" --plot "${results%.json}.png")
 
 {
     # For this GPU only.
-    CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 95 "$python" setup.py -q build_ext --inplace
-    # A thread each, or they would be in each other's way. Packaging, and what draws the demo's pictures, need a network.
+    CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 90 "$python" setup.py -q build_ext --inplace
+    # A thread each, or they would be in each other's way. Left out is what runs on a CPU alone, or needs a network.
     OMP_NUM_THREADS=1 step tests 140 "$python" -m pytest -q --tb=short --junit-xml="$folder/tests.xml" \
-        --ignore=tests/test_packaging.py --ignore=tests/demo "${spread[@]}"
-    step tune 75 "$python" -m vlcore.bench.tune --minutes 0.9
+        "${on_a_cpu[@]/#/--ignore=tests/}" "${spread[@]}"
+    tables=$(cat kernels/*.json)
+    step tune 65 "$python" -m vlcore.bench.tune --minutes 0.9
+    step tune-more 560 "$python" -m vlcore.bench.tune --minutes 9
+    # What is measured from here on is no longer that commit's.
+    [[ $tables == "$(cat kernels/*.json)" ]] || commit="${commit:+$commit, tuned}"
     step overhead 20 "${bench[@]}" --overhead
-    step operators 105 "${bench[@]}" --no-compile
+    step operators 100 "${bench[@]}" --no-compile
     step models 80 "${bench[@]}" --no-compile --model decode --model vision --model prefill --model train
     step compiled-operators 500 "${bench[@]}"
     step compiled-models 500 "${bench[@]}" --model vision --model prefill --model decode

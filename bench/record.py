@@ -8,8 +8,8 @@ was measured on the same machine before, and what nvcc is to compile for.
 import argparse
 import platform
 import re
-import shutil
 import subprocess
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -27,9 +27,17 @@ def begin(folder: Path, device: str) -> Path:
     name = torch.cuda.get_device_name() if device == "cuda" else device
     name = re.sub(r"\W+", "-", name.lower()).strip("-") + ".json"
     earlier, file = RESULTS / name, folder / name
-    if earlier.exists() and not file.exists() and read(earlier).machine == machine(device):
-        shutil.copyfile(earlier, file)
+    if earlier.exists() and not file.exists():
+        results = read(earlier)
+        if results.machine == machine(device):
+            _name_commit(results, "an earlier one")
+            results.write(file)
     return file
+
+
+def _name_commit(results: Results, commit: str) -> None:
+    """Of measurements that do not name theirs."""
+    results.measurements = [replace(found, commit=found.commit or commit) for found in results.measurements]
 
 
 def architecture() -> str:
@@ -82,9 +90,13 @@ def main(argv: list[str] | None = None) -> None:
         print(begin(given.begin, given.device), architecture(), sep="\n")
     if given.file:
         results = read(given.file) if given.file.exists() else Results(machine(given.device))
+        before = results.made_by.get("commit")
         results.made_by = made_by() | ({"commit": given.commit} if given.commit else {})
         if given.tests and given.tests.exists():
             results.tests = counts(given.tests)
+        elif results.made_by.get("commit") != before:
+            results.tests = {}  # of another commit
+        _name_commit(results, results.made_by.get("commit", ""))
         results.write(given.file)
 
 

@@ -139,8 +139,9 @@ TABLES: dict[str, Callable[[Results], str]] = {"operators": operator_table, "mod
 
 
 def _origin(results: Results) -> str:
-    """The machine, the commit, and how the tests went there."""
-    commit = f", commit {results.made_by['commit']}" if "commit" in results.made_by else ""
+    """The machine, the commits that were measured, and how the tests of the last went there."""
+    commits = dict.fromkeys(found.commit for found in results.measurements if found.commit)
+    commit = f", of {' and '.join(commits)}" if commits else ""
     tests = "; tests: " + ", ".join(f"{count} {how}" for how, count in results.tests.items()) if results.tests else ""
     return f"{results.machine}{commit}{tests}:"
 

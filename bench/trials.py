@@ -10,7 +10,8 @@ from importlib import import_module
 import torch
 
 from vlcore.bench import harness, timing
-from vlcore.bench.ahead_of_time import compiled
+from vlcore.bench.ahead_of_time import called, compiled
+from vlcore.bench.command import cases
 from vlcore.bench.dtypes import DTYPES, TF32, computing_in
 from vlcore.bench.gpu_cases import gpu_cases
 from vlcore.bench.harness import Case, Maker
@@ -20,11 +21,14 @@ from vlcore.kernels import launch
 
 Settings = dict[str, int]
 
-# Calls that a kernel is timed over, and reads of FLUSHED bytes before each: meanwhile the host queues the call.
-CALLS, FLUSHES = 15, 20
+# Calls that a kernel is timed over.
+CALLS = 15
+# Cycles, a tenth of a millisecond, that a GPU is kept busy for before a kernel that is timed: meanwhile the host queues
+# it, even where the launcher has just waited for the GPU.
+BUSY = 200_000
 # float16 is launched as bfloat16 is.
 DTYPES_TRIED = ("bfloat16", "float32", TF32)
-# Seconds for a round of compilations; what takes longer is not tried.
+# The most seconds for a round of compilations; what takes longer is not tried.
 PATIENCE = 60
 
 
@@ -33,12 +37,12 @@ class Trial:
     """What the search asks of a GPU about the settings of one entry.
 
     Attributes:
-        usable: of some settings, those that compile and spill nothing.
+        usable: of some settings, those that compile within so many seconds and spill nothing.
         seconds: of the kernel, on each input; infinite where it cannot be launched.
         right: whether the operator is as accurate as torch with them.
     """
 
-    usable: Callable[[list[Settings]], list[Settings]]
+    usable: Callable[[list[Settings], float], list[Settings]]
     seconds: Callable[[Settings], list[float]]
     right: Callable[[Settings], bool]
 
@@ -55,6 +59,10 @@ class Run:
     def case(self) -> Case:
         return gpu_cases(self.operator)[self.place]
 
+    @property
+    def is_benched(self) -> bool:
+        return self.place < len(cases(self.operator))
+
     def inputs(self) -> tuple:
         torch.manual_seed(0)
         inputs = self.case.inputs(Maker(DTYPES[self.dtype], "cuda"))
@@ -70,7 +78,8 @@ class Run:
 
 
 def reached(operators: Sequence[str], pool: Executor) -> dict[Entry, list[Run]]:
-    """By entry of this GPU's tables, in their order, the runs that launch a kernel with it."""
+    """By entry of this GPU's tables the runs that launch a kernel with it: the entries that a bench reaches in bfloat16
+    first, and otherwise in the order of the operators and of their tables."""
     runs = [
         Run(operator, place, dtype)
         for operator in operators
@@ -79,12 +88,24 @@ def reached(operators: Sequence[str], pool: Executor) -> dict[Entry, list[Run]]:
         for dtype in DTYPES_TRIED
     ]
     here = launch.architecture(torch.cuda.current_device()), _capability()
-    launched = [pool.submit(spills, run, *here) for run in runs]
+    launched = [pool.submit(launched_with, run, *here) for run in runs]
     by_entry: dict[Entry, list[Run]] = {}
     for run, entries in zip(runs, launched, strict=True):
         for entry in entries.result():
             by_entry.setdefault(entry, []).append(run)
-    return {entry: by_entry[entry] for entry in sorted(by_entry, key=_order)}
+
+    def order(entry: Entry) -> tuple:
+        is_benched = any(run.dtype == "bfloat16" and run.is_benched for run in by_entry[entry])
+        kernel = list(launch.table(entry.operator)).index(entry.kernel)
+        return not is_benched, operators.index(by_entry[entry][0].operator), entry.operator, kernel, entry.index
+
+    return {entry: _told_apart(by_entry[entry]) for entry in sorted(by_entry, key=order)}
+
+
+def _told_apart(runs: list[Run]) -> list[Run]:
+    """Without those in TF32 of what is launched with the same entry in float32: mostly it multiplies nothing."""
+    known = {(run.operator, run.place) for run in runs if run.dtype == "float32"}
+    return [run for run in runs if run.dtype != TF32 or (run.operator, run.place) not in known]
 
 
 def _capability() -> int:
@@ -92,8 +113,17 @@ def _capability() -> int:
     return 10 * major + minor
 
 
-def _order(entry: Entry) -> tuple:
-    return entry.operator, list(launch.table(entry.operator)).index(entry.kernel), entry.index
+def launched_with(run: Run, architecture: str, capability: int) -> list[Entry]:
+    """The entries that a run launches kernels with; compiles nothing, and needs no GPU."""
+    found: list[Entry] = []
+
+    def note(kernel: str, entry: Entry | None, go: Callable) -> None:
+        if entry is not None and entry not in found:
+            found.append(entry)
+
+    with in_place_of_a_gpu(Driver(capability), architecture):
+        called(run.case, run.dtype, note)
+    return found
 
 
 def spills(run: Run, architecture: str, capability: int, tried: Tried | None = None) -> dict[Entry, int]:
@@ -115,9 +145,9 @@ def on_this_gpu(entry: Entry, runs: Sequence[Run], pool: Executor) -> Trial:
     inputs = [run.inputs() for run in runs]
     here = entry.architecture, _capability()
 
-    def usable(candidates: list[Settings]) -> list[Settings]:
+    def usable(candidates: list[Settings], patience: float) -> list[Settings]:
         futures = [[pool.submit(spills, run, *here, {entry: settings}) for run in runs] for settings in candidates]
-        wait([future for each in futures for future in each], PATIENCE)
+        wait([future for each in futures for future in each], min(patience, PATIENCE))
         fine = [all(_found(future).get(entry) == 0 for future in each) for each in futures]
         return [settings for settings, is_fine in zip(candidates, fine, strict=True) if is_fine]
 
@@ -154,6 +184,7 @@ def _kernel_seconds(entry: Entry, settings: Settings, run: Run, inputs: tuple) -
         if used != entry:
             return go()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY)
         start.record()
         launched = go()
         end.record()
@@ -167,8 +198,7 @@ def _kernel_seconds(entry: Entry, settings: Settings, run: Run, inputs: tuple) -
         for _ in range(CALLS):
             torch.cuda.synchronize()
             around.clear()
-            for _ in range(FLUSHES):
-                flushed.sum()
+            flushed.sum()
             run.call(inputs)
             torch.cuda.synchronize()
             times.append(sum(start.elapsed_time(end) for start, end in around) / 1e3)

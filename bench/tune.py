@@ -1,8 +1,9 @@
 """How Triton kernels are launched, searched for on this GPU and written to kernels/<operator>.json.
 
-`python -m vlcore.bench.tune [OP...] [--minutes N]` goes through the entries of this GPU's tables, in their order. An
-entry's neighbours, a step away in one setting, or in a block and the warps at once, are compiled on all cores and timed
-on the inputs that reach the entry; it moves to the best one if that is faster by GAIN and right, and looks again.
+`python -m vlcore.bench.tune [OP...] [--minutes N]` goes through the entries of this GPU's tables: first those that the
+benches reach in bfloat16, of the operators in the order given, until the time is over. An entry's neighbours, a step
+away in one setting, or in a block and the warps at once, are compiled on all cores and timed on the inputs that reach
+the entry; it moves to the best one if that is faster by GAIN and right, and looks again.
 """
 
 import argparse
@@ -25,8 +26,19 @@ from vlcore.bench.launches import Entry
 from vlcore.bench.trials import Settings, Trial, on_this_gpu, reached
 from vlcore.kernels import launch
 
+# Where a model's time goes on a GPU comes before the others.
+FIRST = (
+    "rel_pos_attention",
+    "rope_attention",
+    "window_attention",
+    "attention",
+    "hybrid_adaptor",
+    "downsample_features",
+)
 # What a change has to be faster by, beyond what differs from run to run.
 GAIN = 0.03
+# Seconds that an entry is searched for at least, and the part of them that its neighbours may take to compile.
+LEAST, COMPILING = 20.0, 0.7
 # The least and the most of the settings that are searched, besides blocks; what else a table holds is left as it is.
 LIMITS = {
     "num_warps": (1, 16),
@@ -71,16 +83,16 @@ def ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
     return math.exp(math.fsum(logarithms) / len(logarithms))
 
 
-def improved(settings: Settings, trial: Trial, is_over: Callable[[], bool]) -> Settings:
+def improved(settings: Settings, trial: Trial, seconds_left: Callable[[], float]) -> Settings:
     """The settings that the search ends with: where no neighbour is faster, or when the time is over."""
     seen = [settings]
-    while not is_over():
+    while seconds_left() > 0:
         fresh = [near for near in neighbours(settings) if near not in seen]
         seen += fresh
         present = trial.seconds(settings)
         ratios = []
-        for near in trial.usable(fresh):
-            if is_over():
+        for near in trial.usable(fresh, COMPILING * seconds_left()):
+            if seconds_left() <= 0:
                 break
             ratios.append((ratio(trial.seconds(near), present), near))
         # Equal times keep the order of `neighbours`.
@@ -113,16 +125,19 @@ def write(path: Path, table: dict) -> None:
 def tuned(
     entries: Mapping[Entry, Callable[[], Trial]],
     folder: Path,
-    minutes: float,
+    end: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[str]:
-    """Search for each entry in its share of the time, and write what changed at once; a line of each entry."""
-    end = clock() + 60 * minutes
+    """Search for each entry in its share of the time until `end`, and write what changed at once; a line of each."""
     for place, (entry, begin) in enumerate(entries.items()):
-        over = clock() + (end - clock()) / (len(entries) - place)
+        left = end - clock()
+        if left <= 0:
+            yield f"The time is over: {len(entries) - place} entries of {len(entries)} stay as they are"
+            return
+        over = clock() + min(max(left / (len(entries) - place), LEAST), left)
         before = entry.settings
         trial = begin()
-        after = improved(before, trial, lambda: clock() >= over)  # noqa: B023
+        after = improved(before, trial, lambda: over - clock())  # noqa: B023
         name = f"{entry.operator}.{entry.kernel}, {entry.architecture}[{entry.index}]"
         if after == before:
             yield f"{name} stays {before}"
@@ -141,18 +156,18 @@ def tuned(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlcore.bench.tune", description=__doc__)
     parser.add_argument("operators", nargs="*", metavar="OP", help="operators of vlcore.ops (default: all)")
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="of searching, shared among the entries (default: 8)"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all of it (default: 8)")
     arguments = parser.parse_args(argv)
+    end = time.monotonic() + 60 * arguments.minutes
     if strays := set(arguments.operators) - set(benched()):
         parser.error(f"There are no operators {sorted(strays)} that have a bench.")
     if not torch.cuda.is_available() or launch.INTERPRETED or not launch.AVAILABLE:
         parser.error("Launches are tuned on a GPU, by Triton and not by its interpreter; this process has none.")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        runs = reached(arguments.operators or benched(), pool)
+        operators = arguments.operators or sorted(benched(), key=lambda name: (*FIRST, name).index(name))
+        runs = reached(operators, pool)
         trials = {entry: partial(on_this_gpu, entry, its, pool) for entry, its in runs.items()}
-        for line in tuned(trials, Path(launch.__file__).parent, arguments.minutes):
+        for line in tuned(trials, Path(launch.__file__).parent, end):
             print(line, flush=True)
     return 0
 

@@ -328,7 +328,8 @@ def test_tables_stand_between_their_marks(tmp_path):
     assert with_tables(MARKS, tmp_path).count("Not measured yet.") == 4
     Results("a machine", [FOUND]).write(tmp_path / "cpu.json")
     whole = dataclasses.replace(FOUND, ours=OURS, seconds={OURS: 1e-3, SDPA: 2e-3}, dtype="bfloat16")
-    gpu = Results("a GPU", [FOUND, whole], {"commit": "abc"}, {"passed": 7, "failed": 0, "skipped": 1})
+    earlier, later = dataclasses.replace(FOUND, commit="abc"), dataclasses.replace(whole, commit="def")
+    gpu = Results("a GPU", [earlier, later], {"commit": "def"}, {"passed": 7, "failed": 0, "skipped": 1})
     gpu.write(tmp_path / "h100.json")
     dataclasses.replace(gpu, machine="another").write(tmp_path / "h200.json")
     dataclasses.replace(gpu, machine="tiles").write(tmp_path / "cpu_amx.json")
@@ -338,7 +339,8 @@ def test_tables_stand_between_their_marks(tmp_path):
         text.split(mark)[1].split("<!-- end -->")[0] for mark in MARKS.split("\n")[::2] if mark
     )
     assert "| swiglu | 2 × 3 | 2 ms, **2.50×** F.silu |" in cpu and "bfloat16" not in cpu
-    assert cuda.index("a GPU, commit abc; tests: 7 passed, 0 failed, 1 skipped:") < cuda.index("another, commit abc")
+    tested = "tests: 7 passed, 0 failed, 1 skipped:"
+    assert cuda.index(f"a GPU, of abc and def; {tested}") < cuda.index(f"another, of abc and def; {tested}")
     assert models.count("transformers SDPA **2.00×**") == 2
     assert "| swiglu | 2 × 3 | 2 ms, **2.50×** F.silu |" in amx and "tiles" not in cuda
 

@@ -1,6 +1,5 @@
 """bench/on_gpu.sh without a GPU: its commands are ones that exist, and a step that fails stops no other."""
 
-import json
 import shlex
 import subprocess
 import sys
@@ -11,12 +10,13 @@ import pytest
 
 from vlcore import cli
 from vlcore.bench import record
-from vlcore.bench.report import read
+from vlcore.bench.harness import Measurement
+from vlcore.bench.report import Results, read
 from vlcore.bench.timing import machine
 
 ROOT = Path(__file__).parent.parent
 STEPS = ["build", "tests", "tune", "overhead", "operators", "models", "record"]
-COMPILED = ["compiled-operators", "compiled-models"]
+LONG = ["tune-more", "compiled-operators", "compiled-models"]
 
 # In the place of Python: what was asked for fails where a test does, and is written down.
 STAND_IN = """#!{python}
@@ -51,9 +51,12 @@ def commands(output: str) -> dict[str, tuple[int, list[str]]]:
 def test_every_command_exists_and_all_fit_into_a_call(tmp_path):
     done = on_gpu("--dry-run", tmp_path)
     assert done.returncode == 0, done.stderr
-    found = commands(done.stdout) | commands(on_gpu("--dry-run", tmp_path, *COMPILED).stdout)
-    assert [*found] == [*STEPS, *COMPILED]
-    assert sum(found[step][0] for step in STEPS) < 540
+    found = commands(done.stdout) | commands(on_gpu("--dry-run", tmp_path, *LONG).stdout)
+    assert [*found] == [*STEPS, *LONG]
+    # Some is needed to begin, and by what is slow to end.
+    assert sum(found[step][0] for step in STEPS) <= 520
+    ignored = [given.removeprefix("--ignore=") for given in found["tests"][1] if given.startswith("--ignore=")]
+    assert len(ignored) > 10 and all((ROOT / path).exists() for path in ignored)
     for _, command in found.values():
         if "-m" in command[:3]:
             module = command[command.index("-m") + 1]
@@ -79,13 +82,20 @@ def test_an_unknown_option_is_named():
     assert done.returncode == 2 and "there is no option --fast" in done.stderr
 
 
+def measured(operator, **more):
+    known = {"shape": "2 × 3", "dtype": "float32", "trains": False, "ours": "cpp", "seconds": {"cpp": 1.0}}
+    return Measurement(operator=operator, **known, **more)
+
+
 def test_results_begin_with_what_the_same_machine_gave_before(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    whole = {"machine": machine("cpu"), "measurements": []}
-    for folder, name in (("same", whole["machine"]), ("other", "another")):
-        (tmp_path / "cpu.json").write_text(json.dumps(whole | {"machine": name}))
+    for folder, name in (("same", machine("cpu")), ("other", "another")):
+        Results(name, [measured("swiglu", commit="abc"), measured("rms_norm")]).write(tmp_path / "cpu.json")
         (tmp_path / folder).mkdir()
-        assert record.begin(tmp_path / folder, "cpu").exists() == (folder == "same")
+        file = record.begin(tmp_path / folder, "cpu")
+        assert file.exists() == (folder == "same")
+    kept = read(tmp_path / "same" / "cpu.json").measurements
+    assert [found.commit for found in kept] == ["abc", "an earlier one"]
 
 
 def test_a_record_says_what_made_it_and_how_the_tests_went(tmp_path, capsys):
@@ -96,8 +106,10 @@ def test_a_record_says_what_made_it_and_how_the_tests_went(tmp_path, capsys):
     found = read(file)
     assert found.tests == {"passed": 4, "failed": 3, "skipped": 3}
     assert found.made_by["commit"] == "abc" and "torch" in found.made_by
-    record.main([str(file)])
+    record.main([str(file), "--commit", "abc"])
     assert read(file).tests == found.tests
+    record.main([str(file), "--commit", "another"])
+    assert read(file).tests == {}
     record.main(["--begin", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "cpu.json")
 
@@ -107,3 +119,12 @@ def test_nvcc_compiles_for_the_gpu_that_is_there(monkeypatch, capability, name):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     assert record.architecture() == name
+
+
+def test_what_was_measured_before_keeps_its_commit(tmp_path):
+    file = tmp_path / "results.json"
+    results = Results("here", [measured("swiglu", commit="abc"), measured("rms_norm")])
+    results.add(measured("layer_norm"))
+    results.write(file)
+    record.main([str(file), "--commit", "def"])
+    assert [found.commit for found in read(file).measurements] == ["abc", "def", "def"]

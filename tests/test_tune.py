@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from vlcore.kernels import launch
 
 ROOT = Path(__file__).parent.parent
 BEGIN = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
-NEVER = lambda: False  # noqa: E731
 
 
 class Landscape:
@@ -42,7 +42,7 @@ class Landscape:
     @property
     def trial(self) -> Trial:
         return Trial(
-            usable=lambda some: [settings for settings in some if settings not in self.spilling],
+            usable=lambda some, patience: [settings for settings in some if settings not in self.spilling],
             seconds=self.seconds,
             right=lambda settings: settings not in self.wrong,
         )
@@ -73,33 +73,33 @@ def test_neighbours_are_a_step_away():
     ],
 )
 def test_finds_the_best(best):
-    assert tune.improved(BEGIN, Landscape(best=best).trial, NEVER) == best
+    assert tune.improved(BEGIN, Landscape(best=best).trial, lambda: math.inf) == best
 
 
 def test_what_is_hardly_faster_is_not_worth_a_change():
     best = BEGIN | {"num_stages": 4}
-    assert tune.improved(BEGIN, Landscape(best=best, step=0.02).trial, NEVER) == BEGIN
-    assert tune.improved(BEGIN, Landscape(best=best, step=0.04).trial, NEVER) == best
+    assert tune.improved(BEGIN, Landscape(best=best, step=0.02).trial, lambda: math.inf) == BEGIN
+    assert tune.improved(BEGIN, Landscape(best=best, step=0.04).trial, lambda: math.inf) == best
 
 
 def test_what_spills_is_not_timed_and_what_is_wrong_not_taken():
     best = BEGIN | {"num_stages": 4}
     spilling = Landscape(best=best, spilling=[best])
-    assert tune.improved(BEGIN, spilling.trial, NEVER) == BEGIN and best not in spilling.timed
+    assert tune.improved(BEGIN, spilling.trial, lambda: math.inf) == BEGIN and best not in spilling.timed
     wrong = Landscape(best=best, wrong=[best])
-    assert tune.improved(BEGIN, wrong.trial, NEVER) == BEGIN and best in wrong.timed
+    assert tune.improved(BEGIN, wrong.trial, lambda: math.inf) == BEGIN and best in wrong.timed
 
 
 def test_what_this_gpu_cannot_launch_gives_way():
     best = BEGIN | {"num_stages": 2}
-    assert tune.improved(BEGIN, Landscape(best=best, too_large=[BEGIN]).trial, NEVER) == best
-    assert tune.improved(BEGIN, Landscape(best=best, too_large=[best]).trial, NEVER) == BEGIN
+    assert tune.improved(BEGIN, Landscape(best=best, too_large=[BEGIN]).trial, lambda: math.inf) == best
+    assert tune.improved(BEGIN, Landscape(best=best, too_large=[best]).trial, lambda: math.inf) == BEGIN
 
 
 def test_stops_when_the_time_is_over():
     landscape = Landscape(best=BEGIN | {"BLOCK": 512})
-    assert tune.improved(BEGIN, landscape.trial, lambda: True) == BEGIN and not landscape.timed
-    assert tune.improved(BEGIN, landscape.trial, lambda: len(landscape.timed) > 9)["BLOCK"] == 128
+    assert tune.improved(BEGIN, landscape.trial, lambda: 0.0) == BEGIN and not landscape.timed
+    assert tune.improved(BEGIN, landscape.trial, lambda: 10.0 - len(landscape.timed))["BLOCK"] == 128
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_writes_what_is_faster_and_nothing_else(table):
         Entry("example", "forward", "sm_90", 0): lambda: Landscape(best=best).trial,
         Entry("example", "forward", "sm_90", 1): lambda: Landscape().trial,
     }
-    lines = list(tune.tuned(entries, table.parent, minutes=1))
+    lines = list(tune.tuned(entries, table.parent, end=time.monotonic() + 60))
     assert lines[0].startswith("example.forward, sm_90[0] takes 9% less time: {'BLOCK': 64,")
     assert lines[1].startswith("example.forward, sm_90[1] stays {'BLOCK': 64,")
     assert table.read_text().count("\n") == 16
@@ -144,8 +144,27 @@ def test_entries_share_the_time(table):
         return Trial(landscape.trial.usable, seconds, landscape.trial.right)
 
     entries = {Entry("example", "forward", "sm_80", i): lambda i=i: slow(landscapes[i]) for i in range(2)}
-    list(tune.tuned(entries, table.parent, minutes=1, clock=lambda: now[0]))
+    list(tune.tuned(entries, table.parent, end=60.0, clock=lambda: now[0]))
     assert all(25 <= len(landscape.timed) <= 40 for landscape in landscapes)
+
+
+def test_no_share_is_too_short_to_compile_in(table):
+    now, patience = [0.0], []
+
+    def usable(some, seconds):
+        patience.append(seconds)
+        now[0] += seconds
+        return []
+
+    trial = Trial(usable, Landscape().seconds, lambda settings: True)
+    entries = {Entry("example", "forward", "sm_80", i % 2): lambda: trial for i in range(2)}
+    entries |= {Entry("example", "forward", "sm_90", i % 2): lambda: trial for i in range(2)}
+    assert len(list(tune.tuned(entries, table.parent, end=30.0, clock=lambda: now[0]))) == 4
+    assert patience == pytest.approx([14.0, 0.7 * 16.0, 0.7 * 4.8, 0.7 * 1.44])
+    now[0] = 30.0
+    assert list(tune.tuned(entries, table.parent, end=30.0, clock=lambda: now[0])) == [
+        "The time is over: 4 entries of 4 stay as they are"
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -174,3 +193,40 @@ def test_settings_that_are_not_in_the_table_are_compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+ORDER = """
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from vlcore.bench import trials
+from vlcore.kernels import launch
+
+at_once = SimpleNamespace(submit=lambda function, *given: SimpleNamespace(result=lambda: function(*given)))
+with (
+    patch.object(torch.cuda, "current_device", return_value=0),
+    patch.object(launch, "architecture", return_value="sm_90"),
+    patch.object(trials, "_capability", return_value=90),
+):
+    for entry, runs in trials.reached(["swiglu", "attention"], at_once).items():
+        dtypes = {run.dtype for run in runs}
+        print(entry.operator, entry.index, any(run.dtype == "bfloat16" and run.is_benched for run in runs), *dtypes)
+"""
+
+
+@pytest.mark.skipif(not launch.AVAILABLE, reason="Triton is not installed")
+def test_what_the_benches_reach_comes_first_in_the_order_of_the_operators():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ORDER], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    benched = [line[2] == "True" for line in lines]
+    assert benched == sorted(benched, reverse=True) and not all(benched)
+    operators = [line[0] for line in lines if line[2] == "True"]
+    assert operators == sorted(operators, reverse=True) and {"swiglu", "sequence_attention"} <= {*operators}
+    # A product is launched otherwise in TF32 than in float32, and what multiplies nothing is not.
+    for operator, _, _, *dtypes in lines:
+        assert ("tf32" in dtypes) <= ("float32" not in dtypes)
+        assert (operator == "swiglu") <= ({*dtypes} == {"bfloat16", "float32"})
+    assert any(dtypes == ["tf32"] for *_, dtypes in [(line[0], line[3:]) for line in lines])
