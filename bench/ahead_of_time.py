@@ -20,7 +20,7 @@ from vlcore.bench.shapes_only import ShapesOnly
 from vlcore.bench.stand_in import Driver, in_place_of_a_gpu
 from vlcore.kernels import launch
 
-MEASURES = ("registers", "spills", "stack", "shared", "warps")
+MEASURES = ("registers", "spills", "stack", "shared", "warps", "waits")
 # A product that tensor cores compute, of 16-bit tiles or in TF32, in Triton's own language, and its rows.
 IN_TF32 = "inputPrecision = tf32"
 DOT = re.compile(rf"tt\.dot\b.*(?:: tensor<(\d+)x\d+x(?:bf16|f16)>|{IN_TF32} : tensor<(\d+)x\d+xf32>)")
@@ -62,6 +62,7 @@ def _measured(binary) -> Record:
         "shared": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
         "tensor": function.tensor,
+        "waits": function.waits,
         "dot_rows": max((int(a or b) for a, b in DOT.findall(binary.asm["ttir"])), default=0),
     }
 

@@ -151,10 +151,8 @@ def cuda_records(operators: Sequence[str], architecture: str) -> list[Record]:
         if file.stem in operators:
             for function in compile_cuda(file, ROOT / "csrc", ARCHITECTURES[architecture]):
                 found = {"operator": file.stem, "kernel": function.name, "architecture": architecture}
-                measured = {
-                    name: getattr(function, name) for name in ("registers", "spills", "stack", "shared", "tensor")
-                }
-                records.append(found | measured)
+                names = ("registers", "spills", "stack", "shared", "tensor", "waits")
+                records.append(found | {name: getattr(function, name) for name in names})
     return records
 
 
@@ -181,6 +179,7 @@ def line(record: Record) -> str:
     entry = [f"{record['table']}[{record['entry']}]"] if record.get("table") else []
     measured = [f"{record[name]} {name}" for name in ("registers", "spills", "shared", "warps") if name in record]
     tensor = [f"{count} {name}" for name, count in record["tensor"].items()]
+    tensor += [f"{record['waits']} waits"] if record["waits"] else []
     return "  ".join([*(str(record[name]) for name in names if name in record), *entry, *measured, *tensor])
 
 

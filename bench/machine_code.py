@@ -11,6 +11,8 @@ from pathlib import Path
 
 # The tensor cores' instructions: Ampere's HMMA, Hopper's HGMMA, Blackwell's UTCHMMA, and theirs for other dtypes.
 TENSOR = re.compile(r"\b([HIQBD]G?MMA|UTC\w*MMA)\b")
+# What waits for HGMMA. One that is waited for before the next of its product is issued runs at a fraction of its rate.
+WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\b")
 SPILL = re.compile(r"\s(LDL|STL)\b")
 FUNCTION = re.compile(r"Function\s*:?\s*([\w$.]+)\s*:?")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -26,6 +28,7 @@ class Function:
         stack: bytes of a thread's own memory.
         shared: bytes of a block's memory that are set aside when it is compiled, and not at its launch.
         tensor: how many there are of each of the tensor cores' instructions.
+        waits: how many there are that wait for Hopper's.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Function:
     stack: int
     shared: int
     tensor: dict[str, int]
+    waits: int
 
 
 def functions(cubin: bytes) -> list[Function]:
@@ -50,7 +54,8 @@ def _function(name: str, usage: str, listing: str) -> Function:
     assert found, usage
     registers, stack, shared, local = map(int, found.groups())
     tensor = dict(sorted(Counter(TENSOR.findall(listing)).items()))
-    return Function(name, registers, len(SPILL.findall(listing)), stack + local, shared, tensor)
+    spills, waits = (len(pattern.findall(listing)) for pattern in (SPILL, WAIT))
+    return Function(name, registers, spills, stack + local, shared, tensor, waits)
 
 
 def _by_function(text: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ def forward(
         return out, lse
     (q, q_strides), (k, k_strides), (v, v_strides) = _readable(q), _readable(k), _readable(v)
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
-    how = launch.settings("sequence_attention", "forward", q.device, **sizes)
+    how = launch.settings("sequence_attention", "forward", q.device, **sizes, rows=_rows(q))
     grid = batch * heads, launch.ceil_div(tokens, how["BLOCK_M"])
     numbers = (*q_strides, *k_strides, *v_strides, *_sizes(q, k, cu_seqlens), heads, heads // k.shape[2], factor)
     direct_launch.run(forward_kernel, grid, (q, k, v, turns, cu_seqlens, out, lse), numbers, constants | how)
@@ -63,7 +63,7 @@ def backward(
     constants, factor, sizes = _compiled_for(q, cu_seqlens, causal, scale, turns)
     tokens, (heads, kv_heads) = _sizes(q, k, cu_seqlens), (q.shape[2], k.shape[2])
     if grad_q.numel():
-        how = launch.settings("sequence_attention", "queries", q.device, **sizes)
+        how = launch.settings("sequence_attention", "queries", q.device, **sizes, rows=_rows(q))
         grid = q.shape[0] * heads, launch.ceil_div(q.shape[1], how["BLOCK_M"])
         tensors = q, k, v, turns, cu_seqlens, out, grad_out, lse, delta, grad_q
         numbers = (*q_strides, *k_strides, *v_strides, *tokens, heads, heads // kv_heads, factor, scale)
@@ -71,7 +71,7 @@ def backward(
     if grad_k.numel():
         if q_turned is not None:
             q, q_strides = _readable(q_turned)
-        how = launch.settings("sequence_attention", "keys", q.device, **sizes)
+        how = launch.settings("sequence_attention", "keys", q.device, **sizes, rows=_rows(k))
         grid = k.shape[0] * kv_heads, launch.ceil_div(k.shape[1], how["BLOCK_N"])
         tensors = q, k, v, turns, cu_seqlens, grad_out, lse, delta, grad_k, grad_v
         numbers = (*q_strides, *k_strides, *v_strides, *tokens, kv_heads, heads // kv_heads, factor, scale)
@@ -91,6 +91,11 @@ def _readable(x: Tensor) -> tuple[Tensor, list[int]]:
 def _sizes(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     """Queries, keys and sequences."""
     return q.shape[1], k.shape[1], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _rows(x: Tensor) -> int:
+    """About how many rows of all heads there are for programs to share: large blocks of few would leave some idle."""
+    return launch.next_power_of_2(x.shape[0] * x.shape[1] * x.shape[2])
 
 
 def _compiled_for(
@@ -125,5 +130,5 @@ def _constants(
         "SIGN": 1 if wide else (scale > 0) - (scale < 0),
         "PRECISION": precision,
     }
-    sizes = {"bits": operand_bits(dtype, precision), "head_dim": constants["BLOCK_D"], "packed": int(packed)}
+    sizes = {"bits": operand_bits(dtype, precision), "head_dim": constants["BLOCK_D"]}
     return constants, scale if wide else abs(scale) * math.log2(math.e) or 1.0, sizes

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from . import direct_launch, launch
 
-# Words in a block of the vocabulary: so many that what its products read and write is little beside what they compute.
-BLOCK_WORDS = 4096
+# Words in a block of the vocabulary: so many that what its products read and write is little beside what they compute,
+# and what the host has to do for it beside what the GPU has.
+BLOCK_WORDS = 8192
 # A block's logits take at most this share of what all of them would in float32, but for small vocabularies.
 SHARE = 1 / 24
+# Programs that scale a gradient: what fills a GPU.
+SCALING_PROGRAMS = 1024
 # Rows of the logits of a block start where 16 bytes may be read at once, however many rows there are.
 ALIGNED = 16
 
@@ -133,6 +136,17 @@ def _gradient_kernel(
     if scale_ptr is not None:
         grad *= tl.load(scale_ptr + rows, mask=within, other=0.0)[None, :]
     tl.store(grad_ptr + far * grad_stride + rows[None, :], grad, mask=mask)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    """x times a number; as that is 1 where a loss is the last of what is computed, x is left alone then."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+            at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < size)
+            tl.store(x_ptr + at, x.to(tl.float32) * factor, mask=at < size)
 
 
 @torch.no_grad()
@@ -264,3 +278,13 @@ def _add_product(a: Tensor, b: Tensor, sums: Tensor) -> None:
         torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
     else:
         sums.addmm_(a.float(), b.float())
+
+
+@torch.no_grad()
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x, which is contiguous, times a tensor of one number on its device, which the host need not know: in place."""
+    settings = launch.settings("linear_cross_entropy", "scale", x.device)
+    if x.numel():
+        grid = (min(launch.ceil_div(x.numel(), settings["BLOCK"]), SCALING_PROGRAMS),)
+        direct_launch.run(_scale_kernel, grid, (x, factor), (x.numel(),), settings)
+    return x

@@ -232,12 +232,12 @@ def forward_kernel(
             factor, HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, True, PACKED, PRECISION,
         )  # fmt: skip
     acc, total, peak = _attend(
-        acc, total, peak, q, k_base, v_base, k_token, v_token, whole, partial, first_keys, end_keys,
-        factor, HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, False, PACKED, PRECISION,
-    )  # fmt: skip
-    acc, total, peak = _attend(
         acc, total, peak, q, k_base, v_base, k_token, v_token, partial, end, first_keys, end_keys,
         factor, HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, True, PACKED, PRECISION,
+    )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q, k_base, v_base, k_token, v_token, whole, partial, first_keys, end_keys,
+        factor, HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, False, PACKED, PRECISION,
     )  # fmt: skip
 
     queries = start + tl.arange(0, BLOCK_M)

@@ -127,12 +127,12 @@ def queries_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, True, PACKED, PRECISION,
         )  # fmt: skip
     acc = _gather_queries(
-        acc, q, grad_out, lse, delta, k_base, v_base, k_token, v_token, whole, partial, first_keys, end_keys, factor,
-        HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, False, PACKED, PRECISION,
-    )  # fmt: skip
-    acc = _gather_queries(
         acc, q, grad_out, lse, delta, k_base, v_base, k_token, v_token, partial, end, first_keys, end_keys, factor,
         HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, True, PACKED, PRECISION,
+    )  # fmt: skip
+    acc = _gather_queries(
+        acc, q, grad_out, lse, delta, k_base, v_base, k_token, v_token, whole, partial, first_keys, end_keys, factor,
+        HEAD_DIM, BLOCK_D, BLOCK_N, ROTARY, False, PACKED, PRECISION,
     )  # fmt: skip
     _store_gradient(
         acc * scale, grad_q_ptr + out_base, turns_base, start, num_queries, behind, out_token,

@@ -119,14 +119,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         if ctx.reduced:
-            # A loss scale may lie outside of a narrow dtype's range. Eager torch takes a number on the CPU as it is;
-            # elsewhere one dimension makes it widen the product.
-            may_read = checks.may_read(grad_loss)
-            scale = grad_loss if may_read else grad_loss.reshape(1)
             # A head's gradient is large, and made twice only where this backward may be run again.
             again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
             grads = ctx.saved_tensors
-            if again or not (may_read and grad_loss == 1):
+            if not again and ctx.backend == "triton":
+                grads = [_scale(g, grad_loss) for g in grads]
+            elif again or not (checks.may_read(grad_loss) and grad_loss == 1):
+                # A loss scale may lie outside of a narrow dtype's range. Eager torch takes a number on the CPU as it
+                # is; elsewhere one dimension makes it widen the product.
+                scale = grad_loss if checks.may_read(grad_loss) else grad_loss.reshape(1)
                 grads = [torch.mul(g, scale, out=torch.empty_like(g) if again else g) for g in grads]
         else:
             _, *grads = linear_cross_entropy_forward(
@@ -134,6 +135,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             )
         grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)]
         return *grads, None, None, None, None, None, None
+
+
+_scale = native.triton("linear_cross_entropy", "scale")
 
 
 def _triton_refusals(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
