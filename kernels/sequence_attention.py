@@ -2,7 +2,8 @@
 
 Every query sees a range of keys, [first, end): causal, packed or neither only says which. A program has BLOCK_M
 queries of one head and goes over the keys that any of them sees: first blocks that not all see, then those that all
-do and that need no mask, then the rest.
+do and that need no mask. In the other order ptxas cannot tell what Hopper's products (wgmma) of the one loop leave to
+the next, and lets each wait for the one before.
 
 Where there are rotary turns, keys come rotated and queries do not; a head's columns are then its two halves, each
 padded to a power of two.

@@ -2,7 +2,8 @@
 
 With p the probabilities, computed again from the log of their denominators, and delta = rowsum(grad_out * out):
 grad_v = p^T grad_out, grad_scores = p * (grad_out v^T - delta), grad_q = scale * grad_scores k and
-grad_k = scale * grad_scores^T q; with rotary turns, q and k are rotated, and their gradients turned back.
+grad_k = scale * grad_scores^T q; with rotary turns, q and k are rotated, and their gradients turned back. For queries,
+masked blocks come first, as in the forward.
 """
 
 import triton

@@ -264,6 +264,8 @@ def test_says_why_a_backend_cannot_run():
         ops.attention(Q.half(), K.half(), K.half(), backend="cpp")
     with pytest.raises(ValueError, match=r"cannot run on 'triton' .* a head of 129 is not in 1\.\.128"):
         ops.attention(*(torch.zeros(1, 1, 1, 129) for _ in range(3)), backend="triton")
+    with pytest.raises(ValueError, match="cannot run on 'triton' .* 1048561 tokens are more than 1048560"):
+        ops.attention(*(torch.zeros(1, tokens, 1, 1) for tokens in (1, 1048561, 1048561)), backend="triton")
 
 
 def test_bounds_that_are_not_looked_at_hold_a_sequence_at_least():

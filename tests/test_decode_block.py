@@ -1,11 +1,15 @@
+from importlib import import_module
+
 import pytest
 import torch
 from accuracy import assert_as_accurate
 from operators import DTYPES, ON_CPU, assert_well_formed, here, poisoned_memory, random, skip_if_refused, strided
 
 from vlcore import native, ops
-from vlcore.ops.decode_block import KERNELS, _form, decode_block_reference
+from vlcore.models.layers import move_side_by_side
+from vlcore.ops.decode_block import KERNELS, _form, decode_block_reference, side_by_side
 
+decode_block = import_module("vlcore.ops.decode_block")
 BACKENDS = [*KERNELS, "torch"]
 FORMS = [None, (8, None), (8, 32), (4, None), (4, 32)]
 
@@ -71,6 +75,55 @@ def test_every_level_of_instructions(monkeypatch, form, level, dtype):
     skip("cpp", given)
     monkeypatch.setattr(native, "level", level)
     assert_right(given)
+
+
+def move(*weights):
+    """To where they are neighbours."""
+    parts = ((w.values, w.scales) if isinstance(w, ops.QuantizedWeight) else (w,) for w in weights)
+    for tensors in zip(*parts, strict=True):
+        move_side_by_side(tensors)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_neighbouring_weights_are_read_by_one_product(monkeypatch, form, rows):
+    x, residual, weights, *rest = inputs((3, 0, 6)[:rows], form=form)
+    apart, _ = decode_block_reference(*copies((x, residual, weights, *rest)))
+    values = [w.dequantize() if form else w.clone() for w in weights[2:]]
+    assert side_by_side(weights[2:5]) is None and side_by_side(weights[6:8]) is None
+    move(*weights[2:5])
+    move(*weights[6:8])
+    whole = side_by_side(weights[2:5])
+    assert whole.shape == (sum(w.shape[0] for w in weights[2:5]), x.shape[2])
+    assert torch.equal(whole.dequantize() if form else whole, torch.cat(values[:3]))
+    assert all(torch.equal(w.dequantize() if form else w, v) for w, v in zip(weights[2:], values, strict=True))
+    products = []
+    for name in ("linear", "quantized_linear"):
+        function = getattr(decode_block, name)
+        seen = lambda x, weight, function=function, **more: products.append(weight) or function(x, weight, **more)  # noqa: E731
+        monkeypatch.setattr(decode_block, name, seen)
+    together, _ = decode_block_reference(x, residual, weights, *rest)
+    assert len(products) == (4 if rows == 1 else 6)
+    torch.testing.assert_close(together, apart)
+
+
+def test_only_neighbours_alike_are_one():
+    whole = torch.randn(9, 4)
+    for others in (
+        [whole[:3], whole[4:]],
+        [whole[3:], whole[:3]],
+        [whole[:3], whole[3:, :2]],
+        [whole[:3], whole[3:].double()],
+        [whole[:3], torch.randn(6, 4)],
+        [whole[::2], whole[1::2]],
+    ):
+        assert side_by_side(others) is None
+    for alike in ([whole[:3], whole[3:]], [whole[2:5], whole[5:6], whole[6:7]]):
+        assert torch.equal(side_by_side(alike), torch.cat(alike))
+    before = whole[:3].data_ptr()
+    for others in ([whole[:3], whole[4:].double()], [whole[:3], whole[4:, :2]], [whole[:3], whole[3:]]):
+        move_side_by_side(others)
+        assert others[0].data_ptr() == before
 
 
 @pytest.mark.parametrize("form", FORMS)

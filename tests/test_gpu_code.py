@@ -77,6 +77,19 @@ def test_products_run_on_the_tensor_cores():
     assert not offenders(slow)
 
 
+def test_products_of_hopper_s_do_not_wait_for_one_another():
+    """Where the compiler cannot tell their operands from what goes on beside them it waits for each of them alone."""
+
+    def serial(record):
+        return 0 < record["tensor"].get("HGMMA", 0) <= record["waits"] and not may_wait(record)
+
+    def may_wait(record):
+        # Operands that are unpacked in registers have to stay until they are read; the others are little work.
+        return record["dtype"] == TF32 or record["kernel"] == "_forward_kernel" or "tables" in record["kernel"]
+
+    assert not offenders(serial)
+
+
 @pytest.mark.skipif(not launch.AVAILABLE, reason="Triton is not installed")
 def test_compiles_a_kernel_here_and_now():
     command = [sys.executable, "-m", "vlcore.bench.gpu_code", "swiglu"]

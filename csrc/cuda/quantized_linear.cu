@@ -68,7 +68,8 @@ __device__ inline void pair_up(uint4 x, uint32_t (&pairs)[4]) {
 // those are at kSplit different groups, each group has columns of its own: column row * kSplit + group.
 template <typename T, int kBits_, int kSplit, int kTiles>
 struct TensorCores {
-  static constexpr int kBits = kBits_, kSums = kSplit, kRows = 8 * kTiles / kSplit;
+  static constexpr int kBits = kBits_, kSums = kSplit, kRows = 8 * kTiles / kSplit, kScales = kSplit == 1 ? 2 : 4;
+  static constexpr bool kAhead = kTiles == 1;
   static constexpr int kLaneInputs = 128 / kBits, kStepInputs = 4 * kLaneInputs;
 
   const Layer& layer;
@@ -91,7 +92,14 @@ struct TensorCores {
     for (int half = 0; half < 2; ++half) scales[half] = scales_of(layer, output + 8 * half);
   }
 
-  __device__ void add(const uint32_t (&words)[2][4], int step) {
+  // Of both outputs in a step, each in the groups of this lane's columns.
+  __device__ float scale(int step, int i) const {
+    const int split = kSplit == 1 ? 0 : (2 * t + i % 2) % kSplit;
+    const int group = (step * kStepInputs + split * (kStepInputs / kSplit)) >> layer.group_shift;
+    return scales[i * 2 / kScales][min(group, layer.groups - 1)];
+  }
+
+  __device__ void add(const uint32_t (&words)[2][4], const float (&ahead)[kScales], int step) {
     // Past the last input the integers are zeros, and the first inputs again are what they are multiplied by.
     int input = step * kStepInputs + t * kLaneInputs;
     if (input >= layer.inputs) input = 0;
@@ -111,11 +119,10 @@ struct TensorCores {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int split = (2 * t + i % 2) % kSplit;
-      const int group = (step * kStepInputs + split * (kStepInputs / kSplit)) >> layer.group_shift;
-      const float scale = scales[i / 2][min(group, layer.groups - 1)];
+      const int which = i * kScales / 4;
+      const float factor = kAhead ? ahead[which] : scale(step, which);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) totals[tile][i] += sums[tile][i] * scale;
+      for (int tile = 0; tile < kTiles; ++tile) totals[tile][i] += sums[tile][i] * factor;
     }
   }
 
@@ -134,7 +141,8 @@ struct TensorCores {
 // The same in float32, by fused multiply-adds; a lane has sums of its own.
 template <int kBits_, int kRows_>
 struct Floats {
-  static constexpr int kBits = kBits_, kSums = 1, kRows = kRows_;
+  static constexpr int kBits = kBits_, kSums = 1, kRows = kRows_, kScales = 2;
+  static constexpr bool kAhead = kRows == 1;
   static constexpr int kLaneInputs = 128 / kBits, kStepInputs = 4 * kLaneInputs;
 
   const Layer& layer;
@@ -158,7 +166,12 @@ struct Floats {
     }
   }
 
-  __device__ void add(const uint32_t (&words)[2][4], int step) {
+  __device__ float scale(int step, int half) const {
+    const int group = (step * kStepInputs + t * kLaneInputs) >> layer.group_shift;
+    return scales[half][min(group, layer.groups - 1)];
+  }
+
+  __device__ void add(const uint32_t (&words)[2][4], const float (&ahead)[kScales], int step) {
     const int input = step * kStepInputs + t * kLaneInputs;
     if (input >= layer.inputs) return;
     const float* x = static_cast<const float*>(layer.x) + static_cast<int64_t>(first_row) * layer.inputs + input;
@@ -178,9 +191,9 @@ struct Floats {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = scales[half][input >> layer.group_shift];
+      const float factor = kAhead ? ahead[half] : scale(step, half);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) totals[half][i] += sums[half][i] * scale;
+      for (int i = 0; i < kRows; ++i) totals[half][i] += sums[half][i] * factor;
     }
   }
 
@@ -200,7 +213,7 @@ struct Floats {
 
 // Blocks are numbered so that those that read the same weights for other rows run side by side.
 template <typename T, typename Products>
-__global__ void __launch_bounds__(kThreads) multiply_rows(const Layer layer) {
+__global__ void __launch_bounds__(kThreads, Products::kAhead ? 2 : 0) multiply_rows(const Layer layer) {
   __shared__ float sums[kWarps][Products::kRows * Products::kSums * kOutputs];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int parts = (layer.rows + Products::kRows - 1) / Products::kRows;
@@ -213,7 +226,10 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(const Layer layer) {
     const int64_t row = min(output + 8 * half, layer.outputs - 1);
     values[half] = layer.values + row * layer.row_bytes + lane % 4 * 16;
   }
+  Products products(layer, first_row, output, lane);
+  // Scales are on their way with the weights that they belong to, unless more rows need the registers.
   uint32_t words[kDepth][2][4];
+  float scales[kDepth][Products::kScales];
   const auto load = [&](int slot, int step) {
     const bool inside = step * kStepBytes + lane % 4 * 16 < layer.row_bytes;
 #pragma unroll
@@ -224,16 +240,19 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(const Layer layer) {
       words[slot][half][0] = loaded.x, words[slot][half][1] = loaded.y;
       words[slot][half][2] = loaded.z, words[slot][half][3] = loaded.w;
     }
+    if constexpr (Products::kAhead) {
+#pragma unroll
+      for (int i = 0; i < Products::kScales; ++i) scales[slot][i] = products.scale(step, i);
+    }
   };
 
 #pragma unroll
   for (int slot = 0; slot < kDepth; ++slot) load(slot, warp + slot * kWarps);
-  Products products(layer, first_row, output, lane);
   for (int step = warp; step < steps; step += kDepth * kWarps) {
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) {
       const int current = step + slot * kWarps;
-      if (current < steps) products.add(words[slot], current);
+      if (current < steps) products.add(words[slot], scales[slot], current);
       load(slot, current + kDepth * kWarps);
     }
   }

@@ -1,5 +1,7 @@
 """Models of integers: close to what they were, generating, and never written as what they are not."""
 
+import copy
+
 import pytest
 import torch
 from checkpoints import telling_model
@@ -8,7 +10,9 @@ import vlcore
 from vlcore.config import preset
 from vlcore.decoding import KVCache
 from vlcore.models import DeepSeekVL, init_weights
+from vlcore.models.layers import move_side_by_side
 from vlcore.models.quantized import QuantizedLinear, quantize
+from vlcore.ops.decode_block import side_by_side
 
 FORMS = [(8, None, 0.02), (8, 32, 0.02), (4, None, 0.4), (4, 32, 0.3)]
 
@@ -115,3 +119,28 @@ def test_refuses_what_is_not_finite_or_quantised_already(model):
     quantize(model, lm_head=False)
     with pytest.raises(ValueError, match="quantised already: language.layers.0.self_attn.q_proj holds integers"):
         quantize(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="weights are laid side by side on GPUs")
+@pytest.mark.parametrize("form", [None, (8, None), (4, 32)])
+def test_on_a_gpu_weights_that_read_the_same_are_neighbours(model, form):
+    if form:
+        quantize(model, *form)
+    for _ in range(2):
+        for layer in model.cuda().language.layers:
+            _, _, *weights = layer.operands(torch.float32)
+            assert side_by_side(weights[:3]) is not None and side_by_side(weights[4:6]) is not None
+        model.cpu()
+
+
+@torch.no_grad()
+def test_neighbouring_weights_are_kept_copied_and_written_as_others_are(model, tmp_path):
+    ids = torch.randint(4, 512, (1, 6))
+    before = model(ids).logits
+    for layer in model.language.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        move_side_by_side([x.weight for x in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        move_side_by_side([x.weight for x in (mlp.gate_proj, mlp.up_proj)])
+    vlcore.save_pretrained(model, tmp_path)
+    for other in (model, copy.deepcopy(model), vlcore.from_pretrained(tmp_path)):
+        assert torch.equal(other(ids).logits, before)

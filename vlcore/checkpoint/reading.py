@@ -46,6 +46,7 @@ def from_pretrained(
     with torch.device("meta"):
         model = DeepSeekVL(config)
     _fill(model, bindings, stored, dtype, device)
+    model.language.lay_side_by_side()
     model.unused = {key: tensor.clone() for key, tensor in _read(stored, unused)}
     return model.eval()
 
@@ -69,6 +70,7 @@ def load_llama(
     if config.tie_embeddings:
         head.weight = language.embed_tokens.weight
     _fill(nn.ModuleDict({"language": language, "lm_head": head}), bindings, stored, dtype, device)
+    language.lay_side_by_side()
     return language.eval(), head
 
 

@@ -4,7 +4,7 @@ A model with float32 weights computes in bfloat16 when its input is bfloat16: mi
 gradients arrive in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlcore import ops
+from vlcore.ops.decode_block import side_by_side
 
 Output = TypeVar("Output")
 
@@ -23,6 +24,10 @@ class Linear(nn.Linear):
     def operand(self, dtype: torch.dtype) -> Tensor:
         """The weight, as operators that compute in `dtype` take it."""
         return self.weight.to(dtype)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """What the weight is held in, of as many rows."""
+        return (self.weight,)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """activation(linear(x)) + residual."""
@@ -96,6 +101,23 @@ def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
     # By numbers: a tensor of them would be copied to a GPU each time, which waits, and which no CUDA graph holds.
     return torch.stack([(x - mean[i]) / std[i] for i, x in enumerate(pixels.unbind(1))], 1)
+
+
+def lay_side_by_side(*layers: nn.Module) -> None:
+    """Move the weights of layers that read the same, plain or quantised, to neighbouring memory, where decoding reads
+    them as one (ops.decode_block). Only on a GPU, and only what is plainly in memory."""
+    for tensors in zip(*(layer.stored() for layer in layers), strict=False):  # type: ignore[operator]
+        if all(tensor.is_cuda and type(tensor.data) is Tensor for tensor in tensors):
+            move_side_by_side(tensors)
+
+
+def move_side_by_side(tensors: Sequence[Tensor]) -> None:
+    """Of one dtype and as wide each; nothing is moved that is there already, or that is not alike."""
+    kinds = {(tensor.dtype, tensor.shape[1:]) for tensor in tensors}
+    if len(kinds) == 1 and side_by_side(tensors) is None:
+        joined = torch.cat([tensor.detach() for tensor in tensors])
+        for tensor, part in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.data = part
 
 
 def run_block(block: Callable[..., Output], *arguments, recompute: bool) -> Output:

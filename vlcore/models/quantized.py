@@ -28,6 +28,9 @@ class QuantizedLinear(nn.Module):
         """The weight, as operators take it; they compute in any dtype with it."""
         return ops.QuantizedWeight(self.values, self.scales, self.bits, self.group_size, self.shape)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        return self.values, self.scales
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.quantized_linear(x, self.operand(x.dtype))
 
@@ -80,6 +83,7 @@ def quantize(model: DeepSeekVL, bits: int = 8, group_size: int | None = None, *,
         replacement = QuantizedLinear(ops.quantize_weight(layers.pop(name).weight, bits, group_size))
         model.set_submodule(name, replacement)
         replacement.train(model.training)
+    model.language.lay_side_by_side()
 
 
 def quantized_name(model: nn.Module) -> str | None:

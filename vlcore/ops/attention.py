@@ -22,6 +22,8 @@ from vlcore.ops.dispatch import (
 
 # The widest head that a program of Triton's holds.
 MAX_HEAD_DIM = 128
+# As many tiles of 16 tokens as an axis of a grid of programs has places.
+MAX_TRITON_TOKENS = 65535 * 16
 
 
 def attention_reference(
@@ -111,7 +113,8 @@ def attention(
             h // (Hq / Hkv).
         causal: query i sees key j when j <= i + Tk - Tq.
         cu_seqlens: (num_sequences + 1,) int32, from 0 to Tk: packs several sequences into B = 1, Tq = Tk, and
-            attention never crosses them. Its values are checked where they are on the CPU.
+            attention never crosses them; but "triton" multiplies by 0 what is masked, so that NaN and infinities may
+            reach the next sequence. Its values are checked where they are on the CPU.
         scale: of the scores; D^-1/2 unless given.
         backend: "auto", "torch", "triton" or "cpp".
 
@@ -226,8 +229,12 @@ def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
 
 
 def triton_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
-    fits = 1 <= q.shape[3] <= MAX_HEAD_DIM
-    return launch.dot_refusals(q) + ([] if fits else [f"a head of {q.shape[3]} is not in 1..{MAX_HEAD_DIM}"])
+    longest = max(q.shape[1], k.shape[1])
+    reasons = {
+        f"a head of {q.shape[3]} is not in 1..{MAX_HEAD_DIM}": not 1 <= q.shape[3] <= MAX_HEAD_DIM,
+        f"{longest} tokens are more than {MAX_TRITON_TOKENS}": longest > MAX_TRITON_TOKENS,
+    }
+    return launch.dot_refusals(q) + [reason for reason, applies in reasons.items() if applies]
 
 
 def triton_bounds(operator: str, cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 """One token a row through a whole LLaMA block: norm, attention over the caches, norm, SwiGLU, in one call."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -44,6 +45,45 @@ class BlockWeights(NamedTuple):
     down: Tensor | QuantizedWeight
 
 
+def side_by_side(weights: Sequence[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight | None:
+    """One weight of all their rows, where they are neighbours in memory."""
+    first = weights[0]
+    if not isinstance(first, QuantizedWeight):
+        return _neighbours(weights)
+    if len({_form(weight) for weight in weights}) > 1:
+        return None
+    values, scales = (_neighbours([getattr(weight, name) for weight in weights]) for name in ("values", "scales"))
+    if values is None or scales is None:
+        return None
+    return QuantizedWeight(values, scales, first.bits, first.group_size, (len(values), first.shape[1]))
+
+
+def _neighbours(tensors: Sequence) -> Tensor | None:
+    first, end = tensors[0], tensors[0].data_ptr()
+    for tensor in tensors:
+        alike = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:] and tensor.is_contiguous()
+        if not alike or tensor.data_ptr() != end or _storage(tensor) != _storage(first):
+            return None
+        end += tensor.nbytes
+    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _project_each(project: Callable, x: Tensor, weights: Sequence[Tensor | QuantizedWeight]) -> list[Tensor]:
+    return [project(x, weight) for weight in weights]
+
+
+def _project_all(project: Callable, x: Tensor, weights: Sequence[Tensor | QuantizedWeight]) -> Sequence[Tensor]:
+    """By one product where the weights are neighbours: on a GPU each launch waits for the one before."""
+    whole = None if torch.compiler.is_compiling() else side_by_side(weights)
+    if whole is None:
+        return _project_each(project, x, weights)
+    return project(x, whole).split([weight.shape[0] for weight in weights], -1)
+
+
 def decode_block_reference(
     x: Tensor,
     residual: Tensor | None,
@@ -63,11 +103,13 @@ def decode_block_reference(
     else:
         normed, total = add_rms_norm(x, residual, weights.attention_norm, eps, backend=backend)
     head_dim = key_cache.shape[-1]
-    q, k, v = (project(normed, w).unflatten(-1, (-1, head_dim)) for w in (weights.q, weights.k, weights.v))
+    # Of several rows, each of the parts of one product would have to be copied for what attends.
+    several = _project_all if len(x) == 1 else _project_each
+    q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in several(project, normed, (weights.q, weights.k, weights.v)))
     attended = decode_attention(q, k, v, key_cache, value_cache, lengths, theta=theta, backend=backend)
     attended = project(attended.flatten(2), weights.o)
     normed, total = add_rms_norm(attended, total, weights.mlp_norm, eps, backend=backend)
-    gated = swiglu(project(normed, weights.gate), project(normed, weights.up), backend=backend)
+    gated = swiglu(*_project_all(project, normed, (weights.gate, weights.up)), backend=backend)
     return project(gated, weights.down), total
 
 

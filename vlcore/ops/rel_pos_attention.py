@@ -184,8 +184,9 @@ def triton_refusals(grid: tuple[int, int], *tensors: Tensor) -> list[str]:
     head_dim, (height, width) = tensors[0].shape[-1], grid
     reasons = {
         f"heads of {head_dim} are wider than {MAX_TRITON_HEAD_DIM}": head_dim > MAX_TRITON_HEAD_DIM,
-        # Where drel stands is counted in 32 bits.
-        f"{height} x {width} are too many places": height * width * max(height * -(-width // 16), width) >= 1 << 31,
+        # Where rel and drel stand is counted in 32 bits.
+        f"{height} x {width} are too many places": height * width * max(height * -(-width // 16), height + width)
+        >= 1 << 31,
     }
     return launch.dot_refusals(*tensors) + [reason for reason, applies in reasons.items() if applies]
 

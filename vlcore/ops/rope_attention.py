@@ -75,7 +75,8 @@ def rope_attention(
         theta: base of the rotary wavelengths.
         causal: query i sees key j when j <= i + Tk - Tq.
         cu_seqlens: (num_sequences + 1,) int32, from 0 to Tk: packs several sequences into B = 1, Tq = Tk, and
-            attention never crosses them. Its values are checked where they are on the CPU.
+            attention never crosses them; but "triton" multiplies by 0 what is masked, so that NaN and infinities may
+            reach the next sequence. Its values are checked where they are on the CPU.
         scale: of the scores; D^-1/2 unless given.
         backend: "auto", "torch", "triton", "cpp", or "xformers", a package that "auto" does not look for.
 

@@ -13,7 +13,7 @@
 #define __device__
 #define __global__
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 // A block's threads share an OS thread, and no other block has it meanwhile.
 #define __shared__ static thread_local
 
