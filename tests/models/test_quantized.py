@@ -144,3 +144,10 @@ def test_neighbouring_weights_are_kept_copied_and_written_as_others_are(model, t
     vlcore.save_pretrained(model, tmp_path)
     for other in (model, copy.deepcopy(model), vlcore.from_pretrained(tmp_path)):
         assert torch.equal(other(ids).logits, before)
+
+
+def test_models_with_layers_of_others_are_moved(model):
+    for module in (model.language.layers[0].self_attn, model.language.layers[0].mlp):
+        for name, _ in list(module.named_children())[:2]:
+            setattr(module, name, torch.nn.Identity())
+    assert model.to(torch.float64).language.norm.weight.dtype == torch.float64

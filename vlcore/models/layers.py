@@ -106,6 +106,8 @@ def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 def lay_side_by_side(*layers: nn.Module) -> None:
     """Move the weights of layers that read the same, plain or quantised, to neighbouring memory, where decoding reads
     them as one (ops.decode_block). Only on a GPU, and only what is plainly in memory."""
+    if not all(hasattr(layer, "stored") for layer in layers):
+        return  # somebody has put layers of their own in their place
     for tensors in zip(*(layer.stored() for layer in layers), strict=False):  # type: ignore[operator]
         if all(tensor.is_cuda and type(tensor.data) is Tensor for tensor in tensors):
             move_side_by_side(tensors)
