@@ -36,6 +36,9 @@ class QuantizedWeight:
         bits: 8 or 4.
         group_size: inputs that share a scale; None: the whole row does.
         shape: (N, K).
+
+    Raises:
+        ValueError: the tensors are not what bits, group_size and shape need. Kernels read them without another look.
     """
 
     values: Tensor
@@ -44,9 +47,31 @@ class QuantizedWeight:
     group_size: int | None
     shape: tuple[int, int]
 
+    def __post_init__(self):
+        _check_weight(self.values, self.scales, self.bits, self.group_size, *self.shape)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (N, K) that is stood for, computed in float32 (float64 for float64) and rounded to `dtype`."""
         return _dequantize(self.values, self.scales, self.bits, self.shape[1], dtype)
+
+
+@remembered
+def _check_weight(values, scales, bits, group_size, num_outputs, num_inputs) -> str:
+    group_size = num_inputs if group_size is None else group_size
+    if bits not in (8, 4):
+        raise ValueError(f"QuantizedWeight: {bits} bits are neither 8 nor 4.")
+    if group_size < 1 or num_inputs % group_size:
+        raise ValueError(f"QuantizedWeight: groups of {group_size} do not divide the {num_inputs} inputs of a row.")
+    width, integers = (num_inputs, torch.int8) if bits == 8 else ((num_inputs + 1) // 2, torch.uint8)
+    for name, tensor, shape, dtype in (
+        ("values", values, (num_outputs, width), integers),
+        ("scales", scales, (num_outputs, num_inputs // group_size), torch.float32),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            needed = f"{bits} bits of {(num_outputs, num_inputs)} in groups of {group_size} need {shape} {dtype}"
+            raise ValueError(f"QuantizedWeight: {name} are {tuple(tensor.shape)} {tensor.dtype}; {needed}.")
+    checks.on_device("QuantizedWeight", "scales", scales, "values", values)
+    return "fits"
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: int | None = None) -> QuantizedWeight:
