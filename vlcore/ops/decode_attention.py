@@ -9,7 +9,7 @@ from vlcore.kernels import launch
 from vlcore.ops import checks
 from vlcore.ops.apply_rope import rope_tables, rotate
 from vlcore.ops.attention import MAX_HEAD_DIM
-from vlcore.ops.dispatch import AUTO, Kernel, choose, define, remembered
+from vlcore.ops.dispatch import AUTO, Kernel, choose, define, remembered, written
 
 
 def decode_attention_reference(
@@ -89,8 +89,9 @@ def decode_attention(
     backend = _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
     checks.room("decode_attention", lengths, key_cache)
     scale = checks.scale(scale, q)
-    arguments = (q, k, v, key_cache, value_cache, lengths, theta, scale)
-    return decode_attention_forward(*arguments, backend)
+    out = decode_attention_forward(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
+    written(key_cache, value_cache)
+    return out
 
 
 @remembered

@@ -10,7 +10,7 @@ from vlcore import native
 from vlcore.ops import checks
 from vlcore.ops.add_rms_norm import add_rms_norm
 from vlcore.ops.decode_attention import cache_refusals, decode_attention
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define, written
 from vlcore.ops.linear import MAX_ROWS, linear
 from vlcore.ops.quantized_linear import QuantizedWeight, group_refusals, quantized_linear
 from vlcore.ops.rms_norm import rms_norm
@@ -113,7 +113,10 @@ def decode_block(
     tensors = [weight.values if isinstance(weight, QuantizedWeight) else weight for weight in weights]
     scales = [weight.scales for weight in weights if isinstance(weight, QuantizedWeight)]
     bits = [bits for bits, *_ in forms]
-    return decode_block_forward(x, residual, tensors, scales, bits, key_cache, value_cache, lengths, theta, eps, chosen)
+    given = (x, residual, tensors, scales, bits, key_cache, value_cache, lengths, theta, eps)
+    y, total = decode_block_forward(*given, chosen)
+    written(key_cache, value_cache)
+    return y, total
 
 
 def _form(weight: Tensor | QuantizedWeight) -> tuple[int, int, int]:

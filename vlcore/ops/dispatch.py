@@ -21,6 +21,7 @@ MAX_KNOWN = 4096
 
 _is_compiling = torch.compiler.is_compiling
 _is_traced = torch._C._is_tracing
+_increment_version = torch._C._increment_version
 _library = torch.library.Library("vlcore", "FRAGMENT")
 
 
@@ -164,6 +165,13 @@ def _is_watched(arguments: tuple) -> bool:
         or _is_traced()
         or not _is_plain(map(type, arguments))
     )
+
+
+def written(*tensors: Tensor) -> None:
+    """Tell autograd that an operator has written to its arguments, which torch does not see where it is not watching;
+    a graph keeps count by itself."""
+    if not _is_compiling():
+        _increment_version(tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
