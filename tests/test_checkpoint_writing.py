@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from checkpoints import assert_same, siglip_only, telling_model
 from public_models import make_telling
 
@@ -187,3 +188,8 @@ def test_other_errors_in_the_block_leave_nothing(tmp_path):
         (fresh / "a").write_text("")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_model_is_written_as_what_it_wraps(saved, model, tmp_path):
+    save_pretrained(torch.compile(model), tmp_path / "compiled")
+    assert snapshot(tmp_path / "compiled") == snapshot(saved)

@@ -12,6 +12,7 @@ from vlcore import layouts
 from vlcore.checkpoint.replacing import replacing_directory
 from vlcore.layouts import Binding, files
 from vlcore.models import DeepSeekVL, quantized_name
+from vlcore.models.deepseek_vl import unwrapped
 
 
 def save_pretrained(
@@ -24,14 +25,16 @@ def save_pretrained(
     Weights that were read and never applied go back unchanged into the layout they came from.
 
     Args:
+        model: torch.compile's wrapper or not.
         directory: made if it is not there, parents included.
         layout: "transformers" or "original".
         max_shard_size: bytes of weights a file; with more, there are several and an index.
 
     Raises:
-        ValueError: a layout that is none of the two, or a model that is quantised.
+        ValueError: a layout that is none of the two, another module than a DeepSeekVL, or a model that is quantised.
         OSError: the disk is full or not writable; what was there before is untouched.
     """
+    model = unwrapped("save_pretrained", model)
     table = layouts.bindings(model.config, layout)
     if name := quantized_name(model):
         raise ValueError(

@@ -241,3 +241,15 @@ class DeepSeekVL(nn.Module):
                 f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but "
                 f"{num_images} images need {needed}, {self.config.num_image_tokens} each."
             )
+
+
+def unwrapped(caller: str, model: nn.Module) -> DeepSeekVL:
+    """The model that torch.compile was given, or that stands for itself.
+
+    Raises:
+        ValueError: another module, whose parts are not where `caller` looks for them.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, DeepSeekVL):
+        raise ValueError(f"{caller}: it takes a DeepSeekVL, and this is a {type(model).__name__}.")
+    return model
