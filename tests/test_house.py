@@ -111,7 +111,7 @@ def stems(pattern: str) -> set[str]:
     return {path.stem for path in ROOT.glob(pattern)}
 
 
-OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "dispatch", "checks", "products"}
+OPERATORS = stems("vlcore/ops/*.py") - {"__init__", "autocast", "checks", "dispatch", "products"}
 # Device code, and what launches it, that several operators share.
 SHARED = {"bilinear", "convolution", "direct_launch", "launch", "matrix_product", "replay", "rotary"}
 SHARED |= {f"grid_attention{part}" for part in ("", "_backward", "_launch", "_sums")}

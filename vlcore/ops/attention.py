@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -116,11 +116,15 @@ def attention(
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (B, Tq, Hq, D), of q's dtype. The softmax is computed in float32.
+        (B, Tq, Hq, D), of q's dtype. The softmax is computed in float32. Under torch.autocast q, k and v are cast to
+        its dtype.
 
     Raises:
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(q):
+        options = {"causal": causal, "cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
+        return autocast.run(attention, autocast.low(q), q, k, v, **options)
     backend = _chosen(q, k, v, causal, cu_seqlens, scale, backend)
     arguments = (q, k, v, causal, cu_seqlens, checks.scale(scale, q))
     if backend == TORCH and may_split(cu_seqlens):

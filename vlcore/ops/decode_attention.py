@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.apply_rope import rope_tables, rotate
 from vlcore.ops.attention import MAX_HEAD_DIM
 from vlcore.ops.dispatch import AUTO, Kernel, choose, define, remembered, written
@@ -79,12 +79,17 @@ def decode_attention(
         backend: "auto", "torch", "cuda", "triton" or "cpp".
 
     Returns:
-        (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row.
+        (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row. Under torch.autocast q, k and
+        v are cast to the dtype of the caches, which are written to.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit, a gradient is asked for, or a backend that
             cannot run them.
     """
+    if autocast.is_on(q):
+        options = {"theta": theta, "scale": scale, "backend": backend}
+        arguments = (q, k, v, key_cache, value_cache, lengths)
+        return autocast.run(decode_attention, key_cache.dtype, *arguments, **options)
     checks.without_gradient("decode_attention", q, k, v, key_cache, value_cache)
     backend = _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
     checks.room("decode_attention", lengths, key_cache)

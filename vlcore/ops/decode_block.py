@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlcore import native
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.add_rms_norm import add_rms_norm
 from vlcore.ops.decode_attention import cache_refusals, decode_attention
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define, written
@@ -99,12 +99,17 @@ def decode_block(
         backend: "auto", "torch", or "cpp", which takes up to 16 rows.
 
     Returns:
-        What the MLP gives, and the stream that it is to be added to: both (B, 1, D), of x's dtype.
+        What the MLP gives, and the stream that it is to be added to: both (B, 1, D), of x's dtype. Under torch.autocast
+        x and residual are cast to the dtype of the caches, and all is computed in it.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit, a gradient is asked for, or a backend that
             cannot run them.
     """
+    if autocast.is_on(x):
+        options = {"theta": theta, "eps": eps, "backend": backend}
+        arguments = (x, residual, weights, key_cache, value_cache, lengths)
+        return autocast.run(decode_block, key_cache.dtype, *arguments, **options)
     _check(x, residual, weights, key_cache, value_cache, lengths)
     forms = [_form(weight) for weight in weights[2:]]  # as short as an error that shows them should be
     chosen = choose("decode_block", KERNELS, backend, x, key_cache, value_cache, forms)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import profiler as _profiler
 
 from vlcore import native
+from vlcore.ops import autocast
 
 TORCH = "torch"
 AUTO = "auto"
@@ -213,6 +214,9 @@ def once_differentiable(backward: Callable) -> Callable:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             operator = backward.__qualname__.partition(".")[0]
             raise RuntimeError(f"{operator} can be differentiated once, and create_graph=True asks for more.")
+        if autocast.is_on(grads[0]):
+            with torch.autocast(grads[0].device.type, enabled=False):
+                return backward(ctx, *grads)
         return backward(ctx, *grads)
 
     return run

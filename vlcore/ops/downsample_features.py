@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
 
@@ -57,11 +57,18 @@ def downsample_features(
 
     Returns:
         (B, (size / 4)^2, C2), of detail's dtype, tokens row-major. The sum and the interpolation (bilinear,
-        align_corners=False) are computed in float32 and rounded once.
+        align_corners=False) are computed in float32 and rounded once. Under torch.autocast all but alpha are cast to
+        its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(detail):
+        return autocast.run(
+            lambda detail, skip, *weights: downsample_features(detail, skip, alpha, *weights, size, backend=backend),
+            autocast.low(detail),
+            *(detail, skip, conv1_weight, conv2_weight),
+        )
     _check(detail, skip, alpha, conv1_weight, conv2_weight, size)
     arguments = (detail, skip, None if skip is None else alpha, conv1_weight, conv2_weight, size)
     backend = choose("downsample_features", KERNELS, backend, *arguments)

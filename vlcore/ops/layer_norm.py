@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -36,11 +36,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, ba
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (..., N), of x's dtype. Mean and (biased) variance are computed in float32.
+        (..., N), of x's dtype. Mean and (biased) variance are computed in float32. Under torch.autocast inputs of
+        several dtypes are brought to the widest.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(x):
+        widest = autocast.widest(x, weight, bias)
+        return autocast.run(layer_norm, widest, x, weight, bias, eps, backend=backend)
     backend = _chosen(x, weight, bias, backend)
     if backend == TORCH:
         return layer_norm_reference(x, weight, bias, eps)

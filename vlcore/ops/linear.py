@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
-from vlcore.ops import checks, products
+from vlcore.ops import autocast, checks, products
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -65,11 +65,17 @@ def linear(
         backend: "auto", "torch" or "cpp".
 
     Returns:
-        (..., N), of x's dtype. Products are summed in float32.
+        (..., N), of x's dtype. Products are summed in float32. Under torch.autocast x, weight and bias are cast to its
+        dtype, and the residual is added in the wider of the two.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, another activation, or a backend that cannot run them.
     """
+    if autocast.is_on(x):
+        y = autocast.run(linear, autocast.low(x), x, weight, bias, activation=activation, backend=backend)
+        if residual is not None:
+            checks.shape("linear", "residual", residual, y.shape, "the product", y)
+        return y if residual is None else y + residual
     arguments = (x, weight, bias, residual, activation)
     records = needs_gradient(x, weight, bias, residual)
     backend = _chosen(*arguments, backend, records)

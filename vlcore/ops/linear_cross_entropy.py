@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks, products
+from vlcore.ops import autocast, checks, products
 from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -60,12 +60,16 @@ def linear_cross_entropy(
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        A float32 scalar (float64 for float64), or (...) with 0 at ignored rows for "none".
+        A float32 scalar (float64 for float64), or (...) with 0 at ignored rows for "none". Under torch.autocast hidden
+        and weight are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit, an unknown reduction, or a backend that cannot
             run them.
     """
+    if autocast.is_on(hidden):
+        options = {"ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+        return autocast.run(linear_cross_entropy, autocast.low(hidden), hidden, weight, labels, **options)
     _check(hidden, weight, labels, ignore_index, reduction)
     backend = choose("linear_cross_entropy", KERNELS, backend, hidden, weight, labels)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()

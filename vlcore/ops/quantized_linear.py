@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks, products
+from vlcore.ops import autocast, checks, products
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -141,11 +141,13 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
             by the integers themselves, where the machine multiplies bytes, and dequantises the weight for more.
 
     Returns:
-        (..., N), of x's dtype.
+        (..., N), of x's dtype. Under torch.autocast x and bias are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(x):
+        return autocast.run(quantized_linear, autocast.low(x), x, weight, bias, backend=backend)
     arguments = (x, weight.values, weight.scales, bias, weight.bits)
     backend = _chosen(*arguments, *weight.shape, backend, needs_gradient(x, bias))
     return apply(QuantizedLinear, *arguments, backend)

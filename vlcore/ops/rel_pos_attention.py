@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -89,11 +89,13 @@ def rel_pos_attention(
 
     Returns:
         (B, H, Y * X, D), of q's dtype. Scores are scaled by D^-1/2, the position terms are not; both terms and the
-        softmax are float32.
+        softmax are float32. Under torch.autocast all are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(q):
+        return autocast.run(rel_pos_attention, autocast.low(q), q, k, v, rel_pos_h, rel_pos_w, grid, backend=backend)
     height, width = grid
     checks.rank("rel_pos_attention", "q", q, "B H Y*X D")
     checks.alike("rel_pos_attention", q=q, k=k, v=v, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
 
 
@@ -26,11 +26,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = AUT
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (..., N), of x's dtype. The mean square is computed in float32.
+        (..., N), of x's dtype. The mean square is computed in float32. Under torch.autocast inputs of several dtypes
+        are brought to the widest.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(x):
+        return autocast.run(rms_norm, autocast.widest(x, weight), x, weight, eps, backend=backend)
     backend = _chosen(x, weight, backend)
     if backend == TORCH:
         return rms_norm_reference(x, weight, eps)

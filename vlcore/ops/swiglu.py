@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
 
 
@@ -24,11 +24,13 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = AUTO) -> Tensor:
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        Of gate's shape and dtype.
+        Of gate's shape and dtype. Under torch.autocast inputs of two dtypes are brought to the wider.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(gate):
+        return autocast.run(swiglu, autocast.widest(gate, up), gate, up, backend=backend)
     backend = _chosen(gate, up, backend)
     if backend == TORCH:
         return swiglu_reference(gate, up)
