@@ -15,6 +15,7 @@ from vlcore.ops.dispatch import (
     choose,
     define,
     gradients,
+    known,
     once_differentiable,
     remembered,
     statistics,
@@ -226,7 +227,7 @@ def cpp_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
 def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
     """Where a call is not over before it has begun: torch's own attention costs less to call."""
     least = 1 << 22 if q.dtype == torch.float32 else 1 << 18
-    return q.numel() * k.shape[1] >= least
+    return known(q.numel() * k.shape[1] >= least)
 
 
 def triton_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:

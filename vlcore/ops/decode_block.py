@@ -10,7 +10,7 @@ from vlcore import native
 from vlcore.ops import autocast, checks
 from vlcore.ops.add_rms_norm import add_rms_norm
 from vlcore.ops.decode_attention import cache_refusals, decode_attention
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define, written
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define, known, written
 from vlcore.ops.linear import MAX_ROWS, linear
 from vlcore.ops.quantized_linear import QuantizedWeight, group_refusals, quantized_linear
 from vlcore.ops.rms_norm import rms_norm
@@ -167,11 +167,11 @@ def _check(
 
 
 def _cpp_refusals(x: Tensor, key_cache: Tensor, value_cache: Tensor, forms: list[tuple[int, int, int]]) -> list[str]:
-    reasons = {
-        f"{x.shape[0]} rows are more than {MAX_ROWS}": x.shape[0] > MAX_ROWS,
-        "q, k and v, and gate and up, must be quantised alike": len({*forms[:3]}) > 1 or forms[4] != forms[5],
-    }
-    refused = [reason for reason, applies in reasons.items() if applies]
+    refused = []
+    if not known(x.shape[0] <= MAX_ROWS):
+        refused.append(f"{x.shape[0]} rows are more than {MAX_ROWS}")
+    if len({*forms[:3]}) > 1 or forms[4] != forms[5]:
+        refused.append("q, k and v, and gate and up, must be quantised alike")
     refused += [reason for _, *sizes in dict.fromkeys(forms) for reason in group_refusals(*sizes)]
     return native.cpp_refusals(x) + cache_refusals(key_cache, value_cache) + refused
 

@@ -38,7 +38,8 @@ class Kernel:
         forward, backward: called with the arguments of the operator's torch ops, less the backend. An operator that
             has no op for its backward has None there.
         refusals: takes the operator's arguments and returns why the kernel cannot run them: no reasons, it can.
-        worthwhile: takes the same, and says whether "auto" should take the kernel where it can run.
+        worthwhile: takes the same, and says whether "auto" should take the kernel where it can run; what it asks of
+            sizes is asked through `known`.
     """
 
     forward: Callable
@@ -66,6 +67,16 @@ def choose(operator: str, kernels: Mapping[str, Kernel], requested: str, *argume
         given = ", ".join(_describe(argument) for argument in arguments if argument is not None)
         raise ValueError(f"{operator} cannot run on {requested!r} with {given}: {'; '.join(reasons)}.")
     return requested
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds: in a graph, for all that it is made for. Where they are symbols, what "auto"
+    takes may not depend on them, or the graph would be of the sizes on one side of a limit only."""
+    if not (_is_compiling() or isinstance(condition, torch.SymBool)):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def remembered(decide: Callable[..., str]) -> Callable[..., str]:

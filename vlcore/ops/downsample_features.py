@@ -64,11 +64,11 @@ def downsample_features(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
     if autocast.is_on(detail):
-        return autocast.run(
-            lambda detail, skip, *weights: downsample_features(detail, skip, alpha, *weights, size, backend=backend),
-            autocast.low(detail),
-            *(detail, skip, conv1_weight, conv2_weight),
-        )
+
+        def with_alpha(detail, skip, conv1_weight, conv2_weight):
+            return downsample_features(detail, skip, alpha, conv1_weight, conv2_weight, size, backend=backend)
+
+        return autocast.run(with_alpha, autocast.low(detail), detail, skip, conv1_weight, conv2_weight)
     _check(detail, skip, alpha, conv1_weight, conv2_weight, size)
     arguments = (detail, skip, None if skip is None else alpha, conv1_weight, conv2_weight, size)
     backend = choose("downsample_features", KERNELS, backend, *arguments)

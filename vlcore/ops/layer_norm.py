@@ -15,6 +15,7 @@ from vlcore.ops.dispatch import (
     choose,
     define,
     gradients,
+    known,
     once_differentiable,
     remembered,
     statistics,
@@ -100,7 +101,7 @@ def _cpp_backward(grad_y, x, weight, kept, eps):
 
 def _cpp_worthwhile(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     # For a row or two, the call is the cost, and torch's own has less of it.
-    return x.numel() >= 2**14
+    return known(x.numel() >= 2**14)
 
 
 # In order of preference.

@@ -17,6 +17,7 @@ from vlcore.ops.dispatch import (
     apply,
     choose,
     define,
+    known,
     needs_gradient,
     once_differentiable,
     remembered,
@@ -140,13 +141,13 @@ def _cpp_refusals(x, weight, bias, residual=None, activation=None) -> list[str]:
 
 def _cpp_worthwhile(x, weight, bias, residual=None, activation=None) -> bool:
     recorded = needs_gradient(x, weight, bias, residual)
-    if num_rows(x) <= MAX_ROWS:
+    if known(num_rows(x) <= MAX_ROWS):
         return weight.is_contiguous() and not recorded
     # The products of the gradients are as deep as the outputs are many, and the rows.
     depth = max(weight.shape) if recorded else weight.shape[1]
     if not products.ours_are_faster(x.dtype, num_rows(x), weight.shape[0], depth):
         return False
-    return not recorded or num_rows(x) * weight.shape[0] * weight.shape[1] >= _BLOCKED_WORK
+    return not recorded or known(num_rows(x) * weight.shape[0] * weight.shape[1] >= _BLOCKED_WORK)
 
 
 def _cpp_forward(x: Tensor, weight: Tensor, bias, residual, activation) -> Tensor:

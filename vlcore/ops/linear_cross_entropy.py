@@ -15,7 +15,7 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import autocast, checks, products
-from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
+from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, known, once_differentiable
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits that are held at a time: 4 MiB of float32, which stay in a cache; but no fewer rows than a matrix product needs
@@ -150,7 +150,7 @@ def _cpp_refusals(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
 
 def _cpp_worthwhile(hidden: Tensor, weight: Tensor, labels: Tensor) -> bool:
     # Fewer logits than these stay in a cache, and one product of them all costs fewer calls.
-    return labels.numel() * weight.shape[0] >= 2**20
+    return known(labels.numel() * weight.shape[0] >= 2**20)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from vlcore.ops.dispatch import (
     apply,
     choose,
     define,
+    known,
     needs_gradient,
     once_differentiable,
     remembered,
@@ -205,8 +206,8 @@ def _cuda_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | Non
     if reasons := native.cuda_refusals(x):
         return reasons
     reasons = group_refusals(x.shape[-1], scales.shape[1])
-    if (rows := num_rows(x)) > MAX_ROWS:
-        reasons.append(f"it takes up to {MAX_ROWS} rows, and these are {rows}")
+    if not known(num_rows(x) <= MAX_ROWS):
+        reasons.append(f"it takes up to {MAX_ROWS} rows, and these are {num_rows(x)}")
     if x.shape[-1] % (128 // bits):
         reasons.append(f"{x.shape[-1]} inputs of {bits} bits are no multiple of 16 bytes")
     return reasons

@@ -7,7 +7,18 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import autocast, checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    gradients,
+    known,
+    once_differentiable,
+    remembered,
+)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -84,7 +95,7 @@ def _cpp_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 def _cpp_worthwhile(gate: Tensor, up: Tensor) -> bool:
     # For a row or two, the call is the cost, and torch's own has less of it.
-    return gate.numel() >= 2**14
+    return known(gate.numel() >= 2**14)
 
 
 # In order of preference.
