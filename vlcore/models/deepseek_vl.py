@@ -13,6 +13,7 @@ from vlcore.models.layers import Linear
 from vlcore.models.llama import Llama, Memory
 from vlcore.models.packing import IGNORED, pack, restarting_positions, shifted_labels, unpack
 from vlcore.models.vision import TowerFeatures, Vision
+from vlcore.ops.dispatch import has_values
 
 
 class VLOutput(NamedTuple):
@@ -212,7 +213,7 @@ class DeepSeekVL(nn.Module):
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         # What depends on the values cannot be checked in a compiled graph.
-        if reduction == "mean" and not torch.compiler.is_compiling() and not (targets != IGNORED).any():
+        if reduction == "mean" and has_values(targets) and not (targets != IGNORED).any():
             raise ValueError(
                 f"All {targets.numel()} labels are masked ({IGNORED}), so there is no mean loss: nothing is supervised."
             )
@@ -229,11 +230,11 @@ class DeepSeekVL(nn.Module):
             )
 
     def _check_placeholders(self, is_image: Tensor, num_images: int) -> None:
-        if is_image.is_meta:
-            return
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not is_image.is_meta:
             matches = is_image.sum() == num_images * self.config.num_image_tokens
             torch._assert_async(matches, "input_ids do not hold as many image placeholders as the images need.")
+            return
+        if not has_values(is_image):
             return
         needed, found = num_images * self.config.num_image_tokens, int(is_image.sum())
         if found != needed:

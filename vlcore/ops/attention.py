@@ -15,6 +15,8 @@ from vlcore.ops.dispatch import (
     choose,
     define,
     gradients,
+    has_values,
+    is_transformed,
     known,
     once_differentiable,
     remembered,
@@ -165,7 +167,7 @@ def check(operator: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | N
 
 def may_split(cu_seqlens: Tensor | None) -> bool:
     """A graph cannot depend on the lengths of packed sequences: in it, they stay inside the torch op."""
-    return cu_seqlens is None or not torch.compiler.is_compiling()
+    return cu_seqlens is None or has_values(cu_seqlens) or is_transformed()
 
 
 class Attention(torch.autograd.Function):

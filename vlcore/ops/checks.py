@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vlcore.ops.dispatch import has_values
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
@@ -60,7 +62,7 @@ def scale(given: float | None, q: Tensor) -> float:
 
 def may_read(tensor: Tensor) -> bool:
     """Whether its values can be looked at without stopping a GPU or breaking a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def heads(operator: str, q: Tensor, k: Tensor) -> None:

@@ -7,6 +7,7 @@ date as attention does over blocks of keys: each product of a block is that of a
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,17 @@ from torch import Tensor
 from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import autocast, checks, products
-from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, known, once_differentiable
+from vlcore.ops.dispatch import (
+    AUTO,
+    Kernel,
+    apply,
+    choose,
+    define,
+    has_values,
+    is_transformed,
+    known,
+    once_differentiable,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits that are held at a time: 4 MiB of float32, which stay in a cache; but no fewer rows than a matrix product needs
@@ -72,6 +83,8 @@ def linear_cross_entropy(
         return autocast.run(linear_cross_entropy, autocast.low(hidden), hidden, weight, labels, **options)
     _check(hidden, weight, labels, ignore_index, reduction)
     backend = choose("linear_cross_entropy", KERNELS, backend, hidden, weight, labels)
+    if is_transformed():
+        return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, reduction)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     losses = apply(LinearCrossEntropy, rows, weight, flat, *needs, ignore_index, reduction, backend)
@@ -120,7 +133,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() if reduction == "sum" else losses.sum() / count
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, instead="F.cross_entropy of F.linear")
     def backward(ctx, grad_loss):
         if ctx.reduced:
             # A loss scale may lie outside of a narrow dtype's range. Eager torch takes a number on the CPU as it is;
@@ -128,9 +141,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             may_read = checks.may_read(grad_loss)
             scale = grad_loss if may_read else grad_loss.reshape(1)
             # A head's gradient is large, and made twice only where this backward may be run again.
-            again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+            is_compiling = torch.compiler.is_compiling()
+            again = is_compiling or torch._C._autograd._get_current_graph_task_keep_graph()
             grads = ctx.saved_tensors
-            if again or not (may_read and grad_loss == 1):
+            if not (is_compiling or has_values(grad_loss)):
+                # One of a batch cannot be told where to write.
+                grads = [(g * scale).to(g.dtype) for g in grads]
+            elif again or not (may_read and grad_loss == 1):
                 grads = [torch.mul(g, scale, out=torch.empty_like(g) if again else g) for g in grads]
         else:
             _, *grads = linear_cross_entropy_forward(

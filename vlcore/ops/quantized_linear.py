@@ -1,6 +1,7 @@
 """A linear layer whose weight is stored in 8 or 4 bits: weight = scale * integer, one scale a row or a group."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from vlcore.ops.dispatch import (
     apply,
     choose,
     define,
+    is_transformed,
     known,
     needs_gradient,
     once_differentiable,
@@ -151,6 +153,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         return autocast.run(quantized_linear, autocast.low(x), x, weight, bias, backend=backend)
     arguments = (x, weight.values, weight.scales, bias, weight.bits)
     backend = _chosen(*arguments, *weight.shape, backend, needs_gradient(x, bias))
+    if is_transformed():
+        return quantized_linear_reference(x, weight, bias)
     return apply(QuantizedLinear, *arguments, backend)
 
 
@@ -178,7 +182,7 @@ class QuantizedLinear(torch.autograd.Function):
         return quantized_linear_forward(x, values, scales, bias, bits, backend)
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, instead="F.linear of weight.dequantize()")
     def backward(ctx, grad_y):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
