@@ -136,4 +136,5 @@ def test_kernels_is_no_top_level_package():
     # A top-level package called kernels would be what transformers imports instead of Hugging Face's `kernels`.
     assert not (ROOT / "kernels" / "__init__.py").exists()
     for part in LINKED:
-        assert (ROOT / "vlcore" / part).resolve() == ROOT / part
+        linked = ROOT / "vlcore" / part
+        assert linked.resolve() == ROOT / part or not (ROOT / ".git").exists()  # an sdist has copies for links
