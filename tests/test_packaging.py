@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import vlcore
+
 ROOT = Path(__file__).parent.parent
+VERSION = vlcore.__version__
 UNOPTIMISED = {"CXXFLAGS": "-O0"}
 PROGRAM = """
 import torch, vlcore, vlcore.kernels
@@ -71,4 +74,12 @@ def test_installs_and_works_elsewhere(built, tmp_path, pattern, cuda):
     run(python, "-m", "pip", "install", "--no-deps", archive, cwd=tmp_path, VLCORE_CUDA="0", **UNOPTIMISED)
     run(python, "-c", PROGRAM, cwd=tmp_path)
     run(python, "-c", f"from vlcore import native; assert (native.cuda is not None) == {cuda}", cwd=tmp_path)
+    for command in ("-m", "pip", "show", "vlcore"), ("-m", "vlcore.cli", "--version"):
+        assert VERSION in run(python, *command, cwd=tmp_path)
+    run(
+        python,
+        "-c",
+        "from importlib.resources import files; assert (files('vlcore') / 'py.typed').is_file()",
+        cwd=tmp_path,
+    )
     assert "parameters" in run(environment / "bin" / "vlcore", "info", "--preset", "tiny", cwd=tmp_path).lower()
