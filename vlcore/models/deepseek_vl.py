@@ -13,6 +13,7 @@ from vlcore.models.layers import Linear
 from vlcore.models.llama import Llama, Memory
 from vlcore.models.packing import IGNORED, pack, restarting_positions, shifted_labels, unpack
 from vlcore.models.vision import TowerFeatures, Vision
+from vlcore.ops.checks import INTEGER
 from vlcore.ops.dispatch import has_values
 
 
@@ -143,11 +144,16 @@ class DeepSeekVL(nn.Module):
             loss_reduction: "mean" over the supervised tokens, or "sum".
 
         Raises:
-            ValueError: placeholders and images do not match; labels, positions or an attention_mask of another shape
-                than input_ids; labels that supervise nothing under "mean" (not checked in a compiled graph); an
-                attention_mask together with cu_seqlens or memory; a memory without positions.
+            ValueError: input_ids of another shape or dtype; placeholders and images do not match; labels, positions or
+                an attention_mask of another shape than input_ids; labels that supervise nothing under "mean" (not
+                checked in a compiled graph); an attention_mask together with cu_seqlens or memory; a memory without
+                positions.
             RuntimeError: in a compiled graph, placeholders and images do not match.
         """
+        if input_ids.ndim != 2 or input_ids.dtype not in INTEGER:
+            raise ValueError(
+                f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}; they need to be (B, T) integers."
+            )
         for name, tensor in (("labels", labels), ("positions", positions), ("attention_mask", attention_mask)):
             if tensor is not None and tensor.shape != input_ids.shape:
                 raise ValueError(

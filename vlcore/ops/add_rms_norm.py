@@ -39,7 +39,7 @@ def add_rms_norm(
     if autocast.is_on(x):
         widest = autocast.widest(x, residual, weight)
         return autocast.run(add_rms_norm, widest, x, residual, weight, eps, backend=backend)
-    chosen = _chosen(x, residual, weight, backend)
+    chosen = _chosen(x, residual, weight, eps, backend)
     if chosen == TORCH:
         total = x + residual
         return rms_norm(total, weight, eps, backend=backend), total
@@ -47,10 +47,12 @@ def add_rms_norm(
 
 
 @remembered
-def _chosen(x: Tensor, residual: Tensor, weight: Tensor, backend: str) -> str:
+def _chosen(x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str) -> str:
     checks.alike("add_rms_norm", x=x, residual=residual, weight=weight)
     checks.shape("add_rms_norm", "residual", residual, x.shape, "x", x)
     checks.shape("add_rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    checks.rows("add_rms_norm", "x", x)
+    checks.number("add_rms_norm", "eps", eps)
     return choose("add_rms_norm", KERNELS, backend, x, residual, weight)
 
 

@@ -138,25 +138,28 @@ def attention(
 @remembered
 def _chosen(q, k, v, causal, cu_seqlens, scale, backend) -> str:
     check("attention", q, k, v, cu_seqlens)
-    checks.number("attention", "scale", scale)
+    checks.flag("attention", "causal", causal)
+    if scale is not None:
+        checks.number("attention", "scale", scale)
     scale = checks.scale(scale, q)
     return choose("attention", KERNELS, backend, q, k, v, causal, cu_seqlens, scale)
 
 
 def check(operator: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     """What holds for every operator that attends; the values of cu_seqlens are looked at by what runs it."""
-    if not q.ndim == k.ndim == v.ndim == 4:
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            checks.rank(operator, name, tensor, "B T H D")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.rank(operator, name, tensor, "B T H D")
     checks.alike(operator, q=q, k=k, v=v)
     (batch, queries, _, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
     checks.shape(operator, "k", k, (batch, keys, kv_heads, head_dim), "q", q)
     checks.shape(operator, "v", v, k.shape, "k", k)
     checks.heads(operator, q, k)
+    checks.head_dim(operator, "q", q)
     if keys < queries:
         raise ValueError(f"{operator}: {queries} queries stand at the end of {keys} keys: too few keys.")
     if cu_seqlens is None:
         return
+    checks.present(operator, "cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         given = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"{operator}: cu_seqlens is {given}; it needs to be (num_sequences + 1,) torch.int32.")

@@ -103,7 +103,8 @@ def decode_attention(
 def _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend) -> str:
     _check(q, k, v, key_cache, value_cache, lengths)
     checks.number("decode_attention", "theta", theta)
-    checks.number("decode_attention", "scale", scale)
+    if scale is not None:
+        checks.number("decode_attention", "scale", scale)
     scale = checks.scale(scale, q)
     return choose("decode_attention", KERNELS, backend, q, k, v, key_cache, value_cache, lengths, theta, scale)
 
@@ -121,6 +122,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tens
     checks.shape("decode_attention", "key_cache", key_cache, (batch, key_cache.shape[1], *k.shape[2:]), "k", k)
     checks.shape("decode_attention", "value_cache", value_cache, key_cache.shape, "key_cache", key_cache)
     checks.heads("decode_attention", q, k)
+    checks.head_dim("decode_attention", "q", q)
     checks.integer("decode_attention", "lengths", lengths)
     checks.shape("decode_attention", "lengths", lengths, (batch,), "q", q)
     checks.on_device("decode_attention", "lengths", lengths, "q", q)

@@ -111,6 +111,8 @@ def decode_block(
         arguments = (x, residual, weights, key_cache, value_cache, lengths)
         return autocast.run(decode_block, key_cache.dtype, *arguments, **options)
     _check(x, residual, weights, key_cache, value_cache, lengths)
+    checks.number("decode_block", "theta", theta)
+    checks.number("decode_block", "eps", eps)
     forms = [_form(weight) for weight in weights[2:]]  # as short as an error that shows them should be
     chosen = choose("decode_block", KERNELS, backend, x, key_cache, value_cache, forms)
     if chosen == TORCH:

@@ -93,6 +93,7 @@ def _check(detail, skip, alpha, conv1_weight, conv2_weight, size) -> None:
     checks.shape("downsample_features", "conv1_weight", conv1_weight, conv1_shape, "detail", detail)
     conv2_shape = (conv2_weight.shape[0], conv1_weight.shape[0], 3, 3)
     checks.shape("downsample_features", "conv2_weight", conv2_weight, conv2_shape, "conv1_weight", conv1_weight)
+    checks.whole("downsample_features", "size", size)
     if size < 4 or size % 4:
         raise ValueError(f"downsample_features: size {size} is not a multiple of 4, by which the convolutions divide.")
 

@@ -46,17 +46,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, ba
     if autocast.is_on(x):
         widest = autocast.widest(x, weight, bias)
         return autocast.run(layer_norm, widest, x, weight, bias, eps, backend=backend)
-    backend = _chosen(x, weight, bias, backend)
+    backend = _chosen(x, weight, bias, eps, backend)
     if backend == TORCH:
         return layer_norm_reference(x, weight, bias, eps)
     return apply(LayerNorm, x, weight, bias, eps, backend)
 
 
 @remembered
-def _chosen(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> str:
+def _chosen(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> str:
     checks.alike("layer_norm", x=x, weight=weight, bias=bias)
     checks.shape("layer_norm", "weight", weight, x.shape[-1:], "x", x)
     checks.shape("layer_norm", "bias", bias, x.shape[-1:], "x", x)
+    checks.rows("layer_norm", "x", x)
+    checks.number("layer_norm", "eps", eps)
     return choose("layer_norm", KERNELS, backend, x, weight, bias)
 
 

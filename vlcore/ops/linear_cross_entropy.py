@@ -98,6 +98,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, re
     checks.rank("linear_cross_entropy", "weight", weight, "V D")
     checks.shape("linear_cross_entropy", "weight", weight, (weight.shape[0], *hidden.shape[-1:]), "hidden", hidden)
     checks.integer("linear_cross_entropy", "labels", labels)
+    checks.whole("linear_cross_entropy", "ignore_index", ignore_index)
     checks.shape("linear_cross_entropy", "labels", labels, hidden.shape[:-1], "hidden", hidden)
     checks.on_device("linear_cross_entropy", "labels", labels, "hidden", hidden)
     if checks.may_read(labels):

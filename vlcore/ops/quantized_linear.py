@@ -149,6 +149,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if not isinstance(weight, QuantizedWeight):
+        raise ValueError(f"quantized_linear: weight is a {type(weight).__name__}; quantize_weight makes what it takes.")
     if autocast.is_on(x):
         return autocast.run(quantized_linear, autocast.low(x), x, weight, bias, backend=backend)
     arguments = (x, weight.values, weight.scales, bias, weight.bits)

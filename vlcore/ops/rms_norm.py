@@ -34,16 +34,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = AUT
     """
     if autocast.is_on(x):
         return autocast.run(rms_norm, autocast.widest(x, weight), x, weight, eps, backend=backend)
-    backend = _chosen(x, weight, backend)
+    backend = _chosen(x, weight, eps, backend)
     if backend == TORCH:
         return rms_norm_reference(x, weight, eps)
     return apply(RMSNorm, x, weight, eps, backend)
 
 
 @remembered
-def _chosen(x: Tensor, weight: Tensor, backend: str) -> str:
+def _chosen(x: Tensor, weight: Tensor, eps: float, backend: str) -> str:
     checks.alike("rms_norm", x=x, weight=weight)
     checks.shape("rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    checks.rows("rms_norm", "x", x)
+    checks.number("rms_norm", "eps", eps)
     return choose("rms_norm", KERNELS, backend, x, weight)
 
 

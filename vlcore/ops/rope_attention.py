@@ -102,7 +102,9 @@ def _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend) -> st
     check("rope_attention", q, k, v, cu_seqlens)
     check_positions("rope_attention", positions, "k", k)
     checks.number("rope_attention", "theta", theta)
-    checks.number("rope_attention", "scale", scale)
+    checks.flag("rope_attention", "causal", causal)
+    if scale is not None:
+        checks.number("rope_attention", "scale", scale)
     scale = checks.scale(scale, q)
     return choose("rope_attention", KERNELS, backend, q, k, v, positions, theta, causal, cu_seqlens, scale)
 

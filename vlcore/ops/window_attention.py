@@ -85,11 +85,14 @@ def window_attention(
     if qkv.shape[3] != 3:
         raise ValueError(f"window_attention: qkv is {tuple(qkv.shape)}; dimension 3 holds q, k and v.")
     checks.alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)
+    checks.head_dim("window_attention", "qkv", qkv)
+    checks.whole("window_attention", "window", window)
     if window < 1:
         raise ValueError(f"window_attention: a window of {window} holds nothing.")
     if qkv_bias is not None:
         checks.shape("window_attention", "qkv_bias", qkv_bias, qkv.shape[3:], "qkv", qkv)
     for name, table in (("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)):
+        checks.present("window_attention", name, table)
         if table.shape != (2 * window - 1, qkv.shape[5]):
             needed = f"a window of {window} and heads of {qkv.shape[5]} need {(2 * window - 1, qkv.shape[5])}"
             raise ValueError(f"window_attention: {name} is {tuple(table.shape)}; {needed}.")
