@@ -170,6 +170,13 @@ def test_a_changed_state_is_refused(run, stages, interrupted, change, message):
         run(*stages)
 
 
+def test_a_checkpoint_that_counts_bad_steps_over_all_modalities_is_gone_on_with(run, stages, interrupted):
+    state = json.loads((interrupted / "state.json").read_text())
+    state["progress"]["bad_steps"] = 3
+    (interrupted / "state.json").write_text(json.dumps(state))
+    assert len(run(*stages, max_bad_steps=3).stages) == 3
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

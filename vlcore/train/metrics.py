@@ -62,7 +62,8 @@ def count(total: StageResult, record: StepRecord, *, in_tail: bool) -> None:
 def summary(records: list[StepRecord], total: StageResult) -> dict[str, Any]:
     """A line of metrics.jsonl: steps in a row summed up, and the shares of each source in the stage so far.
 
-    `loss` (nats a supervised token) and `grad_norm` are over the steps that were not skipped, null where none is left.
+    `loss` (nats a supervised token) and `grad_norm` are over the steps that were not skipped, null where none is left;
+    `suspects` names the samples of those that were.
     """
     last, seconds = records[-1], sum(record.seconds for record in records)
     good = [record for record in records if not record.skipped]
@@ -85,6 +86,7 @@ def summary(records: list[StepRecord], total: StageResult) -> dict[str, Any]:
         "sample_share": _shares(total.samples_by_source),
         "token_share": _shares(total.tokens_by_source),
         "skipped_steps": total.skipped_steps,
+        "suspects": list(dict.fromkeys(name for record in records for name in record.suspects)),
         "bad_samples": total.bad_samples,
         "cut_tokens": total.cut_tokens,
     }

@@ -34,14 +34,14 @@ class Progress:
     Attributes:
         stage, step: what comes next: step `step` of the stage-th stage.
         global_step: steps before it, of all stages.
-        bad_steps: steps skipped in a row just before it.
+        bad_steps: by modality, its last steps in a row that were skipped.
         results: what each stage begun has done so far.
     """
 
     stage: int = 0
     step: int = 0
     global_step: int = 0
-    bad_steps: int = 0
+    bad_steps: dict[str, int] = field(default_factory=dict)
     results: list[StageResult] = field(default_factory=list)
 
 
@@ -230,7 +230,10 @@ def _check_keys(path: Path, tensors: dict[str, Tensor], parameters: dict[str, An
 def _progress(values: dict[str, Any]) -> Progress:
     if values.keys() != (expected := {f.name for f in fields(Progress)}):
         raise TypeError(f"its progress has {sorted(values)}, not {sorted(expected)}")
-    return Progress(**{**values, "results": [_stage_result(result) for result in values["results"]]})
+    # Checkpoints of earlier releases hold one count of all modalities, which says nothing of any of them.
+    bad_steps = values["bad_steps"] if isinstance(values["bad_steps"], dict) else {}
+    results = [_stage_result(result) for result in values["results"]]
+    return Progress(**{**values, "bad_steps": bad_steps, "results": results})
 
 
 def _stage_result(values: dict[str, Any]) -> StageResult:

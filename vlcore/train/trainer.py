@@ -225,14 +225,16 @@ class Trainer:
         return loss.detach()
 
     def _watch(self, record: StepRecord) -> None:
-        """Stop after too many steps in a row that were not finite."""
-        self.progress.bad_steps = self.progress.bad_steps + 1 if record.skipped else 0
-        if self.progress.bad_steps >= self.config.max_bad_steps:
+        """Stop after too many steps of a modality in a row that were not finite."""
+        bad_steps = self.progress.bad_steps
+        bad_steps[record.modality] = bad_steps.get(record.modality, 0) + 1 if record.skipped else 0
+        if bad_steps[record.modality] >= self.config.max_bad_steps:
             names = record.suspects
             more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
             raise TrainingStopped(
-                f"{self.progress.bad_steps} steps in a row had a loss or gradient that was not finite (max_bad_steps), "
-                f"the last one step {record.step} with loss {record.loss} and gradient norm {record.grad_norm}, "
+                f"{bad_steps[record.modality]} {record.modality} steps in a row had a loss or gradient that was not "
+                f"finite (max_bad_steps), the last one step {record.step} with loss {record.loss} and gradient norm "
+                f"{record.grad_norm}, "
                 f"on samples {', '.join(names[:MOST_NAMED])}{more}."
             )
 
