@@ -32,7 +32,7 @@ class Rejection:
 
 @dataclass
 class Portion:
-    """What one rank's step is worked off in: the samples of one micro-batch.
+    """What a step is worked off in: the samples of one micro-batch.
 
     Attributes:
         step: the global step.

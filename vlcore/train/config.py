@@ -25,7 +25,7 @@ class Stage:
             the steps (ours, DeepSeek-LLM's); "constant" holds it. All begin with a linear warm-up.
         warmup_steps: steps of the learning rate's warm-up.
         min_ratio: where the cosine ends, relative to the peak (ours).
-        batch_size: sequences of a global step, over all ranks and micro-batches.
+        batch_size: sequences of a global step, over all its micro-batches.
         micro_batch_size: sequences of one forward and backward; gradients are accumulated over the micro-batches.
         sequence_length: tokens that a sequence may have, images included.
         packing: several samples share a sequence, and attention does not cross from one to another.

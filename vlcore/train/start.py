@@ -1,5 +1,6 @@
 """What a run starts from: the model and processor that its configuration names, checked against its stages."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Variants of one block's code: with or without a gradient, first layer or not, packed or not, and sizes of 1, which the
 # compiler tells from more. A run of three stages makes about ten.
 RECOMPILE_LIMIT = 64
+
+
+def check_alone() -> None:
+    """Refuse to be one of several processes: each would train on everything and write to the same folder.
+
+    Raises:
+        ValueError: torchrun, or another launcher, started more than one.
+    """
+    world = os.environ.get("WORLD_SIZE", "")
+    if world not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE is {world}, but training is one process today: start it once, without torchrun, or unset "
+            "WORLD_SIZE."
+        )
 
 
 def load_model(config: TrainConfig) -> DeepSeekVL:

@@ -22,7 +22,16 @@ from vlcore.train.progress import Bar
 from vlcore.train.rejections import RejectionLog
 from vlcore.train.result import StageResult, TrainingStopped, TrainResult
 from vlcore.train.schedule import learning_rate
-from vlcore.train.start import check, clear_leftovers, load_model, load_processor, place, remove_run, training_mode
+from vlcore.train.start import (
+    check,
+    check_alone,
+    clear_leftovers,
+    load_model,
+    load_processor,
+    place,
+    remove_run,
+    training_mode,
+)
 from vlcore.train.state import Progress, checkpoints, describe, load_checkpoint, load_optimizer, save_checkpoint
 
 # Where the last tenth of a stage begins, whose mean loss is the stage's.
@@ -33,6 +42,8 @@ MOST_NAMED = 20
 def train(config: TrainConfig, model: DeepSeekVL | None = None, processor: Processor | None = None) -> TrainResult:
     """Train a model through its stages, or go on where an earlier call with the same output_dir stopped.
 
+    It is one process on one device.
+
     Args:
         config: the run.
         model: trained in place, its weights made float32, where it is unless config.device says otherwise; by default
@@ -40,11 +51,12 @@ def train(config: TrainConfig, model: DeepSeekVL | None = None, processor: Proce
         processor: by default the one that config.processor describes.
 
     Raises:
-        ValueError: the configuration cannot be carried out, or the checkpoint or a list in output_dir is damaged or of
-            another run.
+        ValueError: the configuration cannot be carried out, this is one of several processes, or the checkpoint or a
+            list in output_dir is damaged or of another run.
         TrainingStopped: too many bad samples, or too many steps in a row that were not finite.
         OSError: output_dir cannot be written.
     """
+    check_alone()
     if config.plot:
         check_matplotlib()
     model = load_model(config) if model is None else place(model, config)
