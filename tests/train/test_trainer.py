@@ -189,7 +189,8 @@ def test_the_final_model_and_the_plot_are_written(run, stage, processor):
     read = vlcore.Processor.from_pretrained(result.output_dir / "model")
     assert read.encode_text("a cat") == processor.encode_text("a cat")
     assert (result.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in result.output_dir.iterdir()} == {"checkpoints", "loss.png", "metrics.jsonl", "model"}
+    names = {path.name for path in result.output_dir.iterdir()}
+    assert names == {".lock", "checkpoints", "loss.png", "metrics.jsonl", "model"}
 
 
 @pytest.mark.parametrize("failing", ["vlcore.checkpoint.writing.save_file", "pathlib.Path.write_text"])

@@ -104,7 +104,8 @@ class TrainConfig:
             weights.
         processor: a directory with tokenizer and chat template; None takes it from the model directory.
         stages: trained one after another. Each begins with a fresh optimizer (ours).
-        output_dir: where checkpoints, metrics.jsonl, bad_samples.jsonl, loss.png and the model are written.
+        output_dir: where checkpoints, metrics.jsonl, bad_samples.jsonl, loss.png and the model are written; one run at
+            a time may use it.
         seed: decides the fresh weights and every draw of data.
         device: where the model is trained, such as "cuda:1" or "cpu". None takes a GPU if there is one, and leaves a
             model that is handed to `train` where it is.

@@ -15,6 +15,7 @@ from vlcore.layouts import files
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.processing import Batch, Processor
 from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.lock import locked
 from vlcore.train.metrics import MetricsLog, StepRecord, count
 from vlcore.train.optimizer import make_optimizer, scale_and_clip, set_learning_rate
 from vlcore.train.plot import check_matplotlib, plot_loss
@@ -52,18 +53,19 @@ def train(config: TrainConfig, model: DeepSeekVL | None = None, processor: Proce
 
     Raises:
         ValueError: the configuration cannot be carried out, this is one of several processes, or the checkpoint or a
-            list in output_dir is damaged or of another run.
+            list in output_dir is damaged or of another run, or another run is using it.
         TrainingStopped: too many bad samples, or too many steps in a row that were not finite.
         OSError: output_dir cannot be written.
     """
     check_alone()
     if config.plot:
         check_matplotlib()
-    model = load_model(config) if model is None else place(model, config)
-    processor = processor or load_processor(config)
-    check(config, model, processor)
-    with training_mode(model, config):
-        return Trainer(config, model, processor).run()
+    with locked(Path(config.output_dir)):
+        model = load_model(config) if model is None else place(model, config)
+        processor = processor or load_processor(config)
+        check(config, model, processor)
+        with training_mode(model, config):
+            return Trainer(config, model, processor).run()
 
 
 class Trainer:
@@ -78,7 +80,6 @@ class Trainer:
         self.resumed_step: int | None = None
         if not config.resume:
             remove_run(self.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.output_dir)
         self.described = describe(config, model.config, processor)
         if saved := checkpoints(self.folder):
