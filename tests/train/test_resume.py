@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -260,6 +261,21 @@ def test_what_a_killed_save_left_is_cleared(run, stages, interrupted):
         (leftover / "model.safetensors").write_bytes(b"half")
     run(*stages)
     assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_only_what_was_written_as_a_checkpoint_is_gone_on_with_and_deleted(run, stages, interrupted):
+    others = [
+        interrupted.with_name(name)
+        for name in ("step-best", "step-000000020", "step-00000099-old", ".step-x.incomplete")
+    ]
+    for other in others:
+        shutil.copytree(interrupted, other)
+    result = run(*stages, checkpoint_every=1, keep=1)
+    assert result.stages[-1].steps == 3
+    names = {path.name for path in interrupted.parent.iterdir()}
+    assert names == {"step-00000010-done", *(other.name for other in others)}
+    run(stages[0], resume=False)
+    assert all((other / "state.json").exists() for other in others)
 
 
 def test_a_run_that_cannot_be_removed_is_not_gone_on_with(run, stages, interrupted, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +24,9 @@ from vlcore.train.result import StageResult
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 RNG = "torch_rng_state"
+# What save_checkpoint calls a checkpoint, and what is left of one that was killed.
+NAME = r"step-[0-9]{8}(-done)?"
+LEFTOVER = rf"\.{NAME}\.[0-9a-f]+\.incomplete"
 # Settings of a stage that change no result.
 FREE = ("micro_batch_size",)
 
@@ -87,8 +91,26 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """The complete checkpoints in a folder, oldest first; what else is called step-something is not ours."""
+    return _named(folder, NAME)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what saves that were killed left half-written."""
+    for leftover in _named(folder, LEFTOVER):
+        shutil.rmtree(leftover)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete every checkpoint.
+
+    Raises:
+        OSError: it cannot be deleted, or is a link to somewhere else.
+    """
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a symbolic link; what it leads to is not deleted.")
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
 
 
 def load_checkpoint(path: Path, described: dict[str, Any], model: DeepSeekVL) -> Progress:
@@ -185,6 +207,10 @@ def _difference(saved: Any, current: Any, key: str = "") -> str | None:
     pairs = {part: (saved.get(part), current.get(part)) for part in {**saved, **current}}
     differences = (_difference(*pair, f"{key}.{part}".lstrip(".")) for part, pair in pairs.items())
     return next((difference for difference in differences if difference), None)
+
+
+def _named(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if re.fullmatch(pattern, path.name))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer | None, model: DeepSeekVL) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from vlcore.train.rejections import RejectionLog
 from vlcore.train.result import StageResult, TrainingStopped, TrainResult
 from vlcore.train.schedule import learning_rate
 from vlcore.train.start import (
+    CHECKPOINTS,
     check,
     check_alone,
     clear_leftovers,
@@ -74,7 +75,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: DeepSeekVL, processor: Processor):
         self.config, self.model, self.processor = config, model, processor
         self.output_dir = Path(config.output_dir)
-        self.folder = self.output_dir / "checkpoints"
+        self.folder = self.output_dir / CHECKPOINTS
         self.device = model.lm_head.weight.device
         self.progress = Progress()
         self.resumed_step: int | None = None
