@@ -112,6 +112,15 @@ def test_resume_false_begins_again_and_removes_what_was_there(run, stages):
     assert len((again.output_dir / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_checkpoints_may_be_read_by_whom_the_umask_allows(run, stage):
+    before = os.umask(0o027)
+    try:
+        folder = run(stage(steps=2), checkpoint_every=1).output_dir / "checkpoints"
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.glob("*/*")} == {0o640}
+
+
 def test_only_the_newest_checkpoints_are_kept(run, stage):
     result = run(stage(steps=7), checkpoint_every=2, keep=2)
     names = [path.name for path in sorted((result.output_dir / "checkpoints").iterdir())]
