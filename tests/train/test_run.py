@@ -47,7 +47,12 @@ def file(tmp_path):
 def test_a_run_out_of_a_file(file, capsys):
     assert run_file(f"{file}:small", ["stages.0.steps=2", "stages.0.sequence_length=64"]) == 0
     shown = capsys.readouterr().out
-    assert "s: 2 steps in" in shown and "4 samples" in shown and f"written to {file.parent / 'out'}" in shown
+    assert (
+        "s: 2 steps in" in shown
+        and "4 samples" in shown
+        and "0 bad samples, 0 too long" in shown
+        and f"written to {file.parent / 'out'}" in shown
+    )
     assert (file.parent / "out" / "metrics.jsonl").exists()
 
 

@@ -158,6 +158,15 @@ def test_too_many_bad_samples_stop_the_run_with_the_file_named(run, stage):
         run(replace(stage(steps=12), mixture=of(source)))
 
 
+def test_samples_that_are_too_long_are_counted_and_do_not_stop_the_run(run, stage):
+    source = Listed("mixed", "text", texts("mixed", 10).samples + texts("long", 10, length=300).samples)
+    result = run(replace(stage(steps=6), mixture=of(source)), max_bad_samples=0.0)
+    assert result.stages[0].bad_samples == 0 and result.stages[0].samples == 24
+    assert result.stages[0].overlong_samples == lines(result)[-1]["overlong_samples"] > 8
+    listed = [json.loads(line) for line in (result.output_dir / "bad_samples.jsonl").read_text().splitlines()]
+    assert all("tokens, over the sequence length of 128" in row["reason"] for row in listed)
+
+
 def test_a_source_of_bad_samples_stops_the_run_with_the_file_named(run, stage, tmp_path):
     with pytest.raises(TrainingStopped, match=r"drawn from 'ruin' are bad.*bad_samples\.jsonl lists"):
         run(replace(stage(), mixture=of(Listed("ruin", "text", [None] * 9))))

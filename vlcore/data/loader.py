@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlcore.data.encode import Encoder
 from vlcore.data.mixture import Augment
-from vlcore.data.sample import BadSample
+from vlcore.data.sample import BadSample, Overlong
 from vlcore.data.sampler import Draw, Sampler
 from vlcore.processing import Batch, Encoded, collate, pack
 
 # Bad samples in a row at one place of a batch, after which the source counts as broken.
 MAX_ATTEMPTS = 20
+# The same for samples that are too long: where nine of ten are, one place of a billion meets as many.
+MAX_OVERLONG = 200
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Portion:
         modality: of the whole step: "text", "multimodal" or "mixed".
         batches: one; when packing, more where the samples exceed the micro-batch's tokens.
         samples, tokens: drawn, by source. Tokens count images' tokens, not padding.
-        cut_tokens: cut off the ends of documents that were too long.
-        rejections: bad samples met on the way.
+        cut_tokens: cut off the ends of documents and conversations that were too long.
+        rejections: bad samples met on the way, and those that were too long.
+        overlong_samples: how many of the rejections are the latter.
         failure: why no batch could be made, or None.
     """
 
@@ -53,6 +56,7 @@ class Portion:
     tokens: Counter[str] = field(default_factory=Counter)
     cut_tokens: int = 0
     rejections: list[Rejection] = field(default_factory=list)
+    overlong_samples: int = 0
     failure: str | None = None
 
     def pin_memory(self) -> "Portion":
@@ -133,8 +137,8 @@ class _Portions(Dataset):
         """The sample drawn, or the first good one of its replacements, with its id."""
         entry = self.sampler.mixture.entries[draw.entry]
         name = entry.source.name
-        augment = None
-        for attempt in range(MAX_ATTEMPTS):
+        augment, bad = None, 0
+        for attempt in range(MAX_OVERLONG):
             chosen = draw if attempt == 0 else self.sampler.replacement(draw, attempt)
             if entry.augment is not None:
                 augment = partial(_augmented, change=entry.augment, generator=self.sampler.augmentation(draw))
@@ -145,6 +149,11 @@ class _Portions(Dataset):
                 encoded, cut = self.encoder(sample, augment)
             except BadSample as error:
                 portion.rejections.append(Rejection(name, error.sample_id or sample_id, error.reason))
+                is_overlong = isinstance(error, Overlong)
+                portion.overlong_samples += is_overlong
+                bad += not is_overlong
+                if bad == MAX_ATTEMPTS:
+                    break
                 continue
             portion.samples[name] += 1
             portion.tokens[name] += len(encoded.input_ids)
@@ -152,8 +161,8 @@ class _Portions(Dataset):
             return f"{name}/{sample_id}", encoded
         last = portion.rejections[-1]
         portion.failure = (
-            f"{MAX_ATTEMPTS} samples in a row drawn from {name!r} are bad; of the last one, {last.sample_id!r}: "
-            f"{last.reason}"
+            f"{attempt + 1} samples in a row drawn from {name!r} are {'bad' if bad else 'too long'}; of the last one, "
+            f"{last.sample_id!r}: {last.reason}"
         )
         return None
 

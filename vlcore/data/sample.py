@@ -21,6 +21,10 @@ class BadSample(ValueError):
         self.sample_id = sample_id
 
 
+class Overlong(BadSample):
+    """A sample with more tokens than a sequence has. Nothing is wrong with it: it is skipped and counted apart."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One document or one conversation.

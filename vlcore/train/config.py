@@ -32,8 +32,10 @@ class Stage:
         samples_per_sequence: with packing, a step draws batch_size * samples_per_sequence samples (ours). The number is
             fixed so that what a step draws depends on the step alone; set it near sequence_length / mean tokens of a
             sample. Micro-batches hold at most micro_batch_size * sequence_length tokens whatever it is.
-        overlong: what happens to a sample over sequence_length: "skip" lists it as a bad sample; "truncate" cuts a
-            document's text at the end, counted in metrics, and skips what cannot be cut (ours).
+        overlong: what happens to a sample over sequence_length (ours): "skip" replaces it by another; "truncate" cuts a
+            document's text at the end, keeps the whole turns of a conversation up to the last answer that fits, and
+            skips what has none or would lose its images. What is skipped is counted and listed in bad_samples.jsonl,
+            but is no bad sample; tokens cut are counted.
         supervise: "text" learns all text; "answers" only the answers of conversations and the token that ends them.
         text_ratio: share of text, in steps when grouping and otherwise in samples; None takes it from the weights.
         modality_warmup: fraction of the steps over which the share of text falls linearly from 1 to its ratio; the
@@ -122,7 +124,8 @@ class TrainConfig:
         save_model: write the final model, with its processor, to output_dir/model in the transformers layout.
         max_bad_steps: steps in a row with a loss or gradient that is not finite, after which the run stops. Text,
             multimodal and mixed steps are counted apart: what only images break is not forgotten at the next text.
-        max_bad_samples: the part of the samples drawn that may be bad, above which the run stops.
+        max_bad_samples: the part of the samples drawn that may be bad, above which the run stops. Samples that are only
+            too long do not count.
         on_stage_end: called as on_stage_end(stage, model, processor, summary) when a stage is done, with the model in
             eval mode and `summary` the StageResult. It is called before the stage counts as done in a checkpoint.
 

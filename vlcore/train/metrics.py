@@ -34,6 +34,7 @@ class StepRecord:
     supervised_tokens: int = 0
     images: int = 0
     bad_samples: int = 0
+    overlong_samples: int = 0
     cut_tokens: int = 0
     samples: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -51,6 +52,7 @@ def count(total: StageResult, record: StepRecord, *, in_tail: bool) -> None:
     total.images += record.images
     total.skipped_steps += record.skipped
     total.bad_samples += record.bad_samples
+    total.overlong_samples += record.overlong_samples
     total.cut_tokens += record.cut_tokens
     total.samples_by_source += record.samples
     total.tokens_by_source += record.tokens
@@ -88,6 +90,7 @@ def summary(records: list[StepRecord], total: StageResult) -> dict[str, Any]:
         "skipped_steps": total.skipped_steps,
         "suspects": list(dict.fromkeys(name for record in records for name in record.suspects)),
         "bad_samples": total.bad_samples,
+        "overlong_samples": total.overlong_samples,
         "cut_tokens": total.cut_tokens,
     }
 

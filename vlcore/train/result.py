@@ -24,7 +24,8 @@ class StageResult:
         images: that were trained on.
         skipped_steps: steps with a loss or gradient that was not finite, after which no weight changed.
         bad_samples: draws that were replaced because the sample could not be used.
-        cut_tokens: cut off the ends of documents that were too long.
+        overlong_samples: draws that were replaced because the sample was too long.
+        cut_tokens: cut off the ends of documents and conversations that were too long.
         samples_by_source, tokens_by_source: trained on; tokens count images' tokens, not padding.
         tail_loss, tail_tokens: summed over the last tenth of the steps; their ratio is `loss`.
     """
@@ -36,6 +37,7 @@ class StageResult:
     images: int = 0
     skipped_steps: int = 0
     bad_samples: int = 0
+    overlong_samples: int = 0
     cut_tokens: int = 0
     samples_by_source: Counter[str] = field(default_factory=Counter)
     tokens_by_source: Counter[str] = field(default_factory=Counter)

@@ -32,7 +32,7 @@ def run_file(spec: str, changes: Sequence[str] = ()) -> int:
         print(
             f"{stage.name}: {stage.steps} steps in {stage.seconds:.0f} s, {stage.samples} samples, "
             f"{stage.tokens} tokens, loss {stage.loss:.4f}, {stage.skipped_steps} steps skipped, "
-            f"{stage.bad_samples} bad samples"
+            f"{stage.bad_samples} bad samples, {stage.overlong_samples} too long"
         )
     print(f"written to {result.output_dir}")
     return 0

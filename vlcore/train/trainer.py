@@ -214,7 +214,8 @@ class Trainer:
         record.modality = portion.modality
         record.samples += portion.samples
         record.tokens += portion.tokens
-        record.bad_samples += len(portion.rejections)
+        record.bad_samples += len(portion.rejections) - portion.overlong_samples
+        record.overlong_samples += portion.overlong_samples
         record.cut_tokens += portion.cut_tokens
         record.images += sum(batch.num_images for batch in portion.batches)
         record.supervised_tokens += sum(batch.num_supervised for batch in portion.batches)
