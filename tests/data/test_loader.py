@@ -241,6 +241,47 @@ def test_a_sample_is_one_thing():
         Sample(id="s", modality="text")
 
 
+def failing(image, generator):
+    if generator.random() < 0.3:
+        raise KeyError("low")
+    return image
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_at_which_augmentation_fails_is_bad(processor, workers):
+    mix = Mixture(entries=(Entry(source=captions(), augment=failing),))
+    portions = list(loader(processor, mix, workers=workers, steps=8).portions())
+    assert sum(portion.samples["captions"] for portion in portions) == 48
+    rejections = [rejection for portion in portions for rejection in portion.rejections]
+    assert {(r.source, r.reason) for r in rejections} == {("captions", "its augmentation failed: KeyError: 'low'")}
+    assert all(rejection.sample_id.startswith("captions-") for rejection in rejections)
+
+
+@pytest.mark.parametrize(
+    "change, shown",
+    [
+        (lambda image: image.convert("L"), "<PIL.Image.Image image mode=L"),
+        (lambda image: image.crop((0, 0, 0, 5)), "<PIL.Image.Image image mode=RGB size=0x5"),
+        (lambda image: None, "None"),
+    ],
+)
+def test_augmentation_that_makes_no_image_is_named(processor, change, shown):
+    with pytest.raises(BadSample, match=f"its augmentation returned {shown}.*, which is no RGB image with pixels"):
+        encoder(processor)(captions()[0], change)
+
+
+class Failing(Listed):
+    def __getitem__(self, index):
+        raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_fails_is_no_bad_sample(processor, workers):
+    portions = loader(processor, of(Failing("mine", "text", [None] * 3)), workers=workers, steps=1).portions()
+    with pytest.raises(RuntimeError, match=r"The source 'mine' failed at \[\d\]: ValueError: a bug"):
+        next(portions)
+
+
 def test_augmentation_changes_images_the_same_way_each_time(processor):
     plain = list(loader(processor, mixture(captions=1), steps=1).portions())
     changed = [

@@ -2,9 +2,11 @@
 
 import pytest
 
+from vlcore.cli import main
 from vlcore.train import run_file
 
 RUNS = """
+from dataclasses import replace
 from small_tokenizer import small_tokenizer
 from toy_data import Listed, mixture, texts
 from vlcore.config import preset
@@ -31,6 +33,11 @@ def small():
 
 def bad():
     return make(Mixture(entries=(Entry(source=Listed("ruin", "text", [None] * 9)),)))
+
+def failing():
+    def on_stage_end(*_):
+        open("/nowhere/at/all")
+    return replace(small(), on_stage_end=on_stage_end)
 
 def nothing():
     return 3
@@ -59,6 +66,12 @@ def test_a_run_out_of_a_file(file, capsys):
 def test_a_stopped_run_says_why(file, capsys):
     assert run_file(f"{file}:bad", ["stages.0.sequence_length=64"]) == 1
     assert "vlcore train: 20 samples in a row drawn from 'ruin' are bad" in capsys.readouterr().err
+
+
+def test_what_the_callback_fails_at_is_shown_with_its_traceback(file):
+    with pytest.raises(RuntimeError, match="on_stage_end failed after stage 's': .*/nowhere/at/all") as failed:
+        main(["train", f"{file}:failing", "stages.0.steps=1", "stages.0.sequence_length=64"])
+    assert isinstance(failed.value.__cause__, FileNotFoundError)
 
 
 def test_what_is_no_run_or_no_key_is_refused(file):

@@ -33,8 +33,8 @@ class Encoder:
         """The sample encoded, and how many tokens were cut off its end.
 
         Raises:
-            BadSample: an image that cannot be read, placeholders that do not match the images, no token supervised, or
-                images where its modality has none or the other way round.
+            BadSample: an image that cannot be read, placeholders that do not match the images, no token supervised,
+                images where its modality has none or the other way round, or `augment` fails or makes no image.
             Overlong: too many tokens, and no beginning that could be learned.
         """
         try:
@@ -49,7 +49,7 @@ class Encoder:
         if not (encoded.labels[1:] != IGNORE_INDEX).any():
             raise BadSample(f"all {len(encoded.labels)} labels are masked: no token is supervised.", sample.id)
         if augment is not None:
-            encoded = replace(encoded, images=[augment(image) for image in encoded.images])
+            encoded = replace(encoded, images=[_augmented(augment, image, sample) for image in encoded.images])
         return encoded, cut
 
     def _encode(self, sample: Sample) -> Encoded:
@@ -85,3 +85,13 @@ class Encoder:
             return 0 if (encoded.input_ids[limit:] == control.image).any() else limit
         answer_ends = (encoded.input_ids[:limit] == control.eos).nonzero()
         return int(answer_ends[-1]) + 1 if len(answer_ends) else 0
+
+
+def _augmented(augment: Callable[[Image.Image], Image.Image], image: Image.Image, sample: Sample) -> Image.Image:
+    try:
+        changed = augment(image)
+    except Exception as error:  # a user's function may raise anything
+        raise BadSample(f"its augmentation failed: {type(error).__name__}: {error}", sample.id) from error
+    if not isinstance(changed, Image.Image) or changed.mode != "RGB" or 0 in changed.size:
+        raise BadSample(f"its augmentation returned {changed!r:.80}, which is no RGB image with pixels.", sample.id)
+    return changed

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlcore.data.encode import Encoder
 from vlcore.data.mixture import Augment
-from vlcore.data.sample import BadSample, Overlong
+from vlcore.data.sample import BadSample, Overlong, Sample, Source
 from vlcore.data.sampler import Draw, Sampler
 from vlcore.processing import Batch, Encoded, collate, pack
 
@@ -141,10 +141,10 @@ class _Portions(Dataset):
         for attempt in range(MAX_OVERLONG):
             chosen = draw if attempt == 0 else self.sampler.replacement(draw, attempt)
             if entry.augment is not None:
-                augment = partial(_augmented, change=entry.augment, generator=self.sampler.augmentation(draw))
+                augment = partial(_augmented, change=entry.augment, generator=self.sampler.augmentation(draw, attempt))
             sample_id = f"{name}[{chosen.index}]"
             try:
-                sample = entry.source[chosen.index]
+                sample = _sample(entry.source, chosen.index)
                 sample_id = sample.id
                 encoded, cut = self.encoder(sample, augment)
             except BadSample as error:
@@ -170,6 +170,17 @@ class _Portions(Dataset):
         sample_ids, samples = zip(*group, strict=True)
         make, length = (pack, self.max_tokens) if self.packing else (collate, self.encoder.sequence_length)
         return make(samples, self.encoder.processor, length=length, sample_ids=sample_ids)
+
+
+def _sample(source: Source, index: int) -> Sample:
+    try:
+        return source[index]
+    except BadSample:
+        raise
+    except Exception as error:  # which may look like a user's error in the configuration
+        raise RuntimeError(
+            f"The source {source.name!r} failed at [{index}]: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _augmented(image: Image.Image, *, change: Augment, generator: np.random.Generator) -> Image.Image:

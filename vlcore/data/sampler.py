@@ -118,9 +118,9 @@ class Sampler:
         generator = self._generator(_REPLACEMENT, draw.step, draw.slot, attempt)
         return replace(draw, index=int(generator.integers(size)))
 
-    def augmentation(self, draw: Draw) -> np.random.Generator:
-        """The generator for this draw's augmentation."""
-        return self._generator(_AUGMENT, draw.step, draw.slot)
+    def augmentation(self, draw: Draw, attempt: int = 0) -> np.random.Generator:
+        """The generator for the augmentation of this draw, or of its replacement."""
+        return self._generator(_AUGMENT, draw.step, draw.slot, attempt)
 
     def _index(self, entry: int, position: int) -> int:
         epoch, offset = divmod(position, len(self.mixture.entries[entry].source))
