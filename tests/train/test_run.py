@@ -1,9 +1,11 @@
 """The command's entry: a run out of a Python file, with changes."""
 
+import signal
+
 import pytest
 
 from vlcore.cli import main
-from vlcore.train import run_file
+from vlcore.train import run_file, trainer
 
 RUNS = """
 from dataclasses import replace
@@ -66,6 +68,25 @@ def test_a_run_out_of_a_file(file, capsys):
 def test_a_stopped_run_says_why(file, capsys):
     assert run_file(f"{file}:bad", ["stages.0.sequence_length=64"]) == 1
     assert "vlcore train: 20 samples in a row drawn from 'ruin' are bad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_stops_has_its_exit_status(file, capsys, monkeypatch, number):
+    accumulate = trainer.Trainer._accumulate
+    monkeypatch.setattr(
+        trainer.Trainer, "_accumulate", lambda *given: signal.raise_signal(number) or accumulate(*given)
+    )
+    before = [(each, signal.signal(each, signal.SIG_DFL)) for each in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        assert (
+            main(["train", f"{file}:small", "stages.0.sequence_length=64", "stages.0.micro_batch_size=2"])
+            == 128 + number
+        )
+    finally:
+        for each in before:
+            signal.signal(*each)
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"vlcore train: stopped by {number.name} behind ") and "step-00000001, from which" in shown
 
 
 def test_what_the_callback_fails_at_is_shown_with_its_traceback(file):

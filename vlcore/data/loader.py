@@ -1,5 +1,6 @@
 """Batches of a stage, step by step: drawn, encoded and collated, in worker processes where asked."""
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -94,7 +95,7 @@ class Loader:
         """The portions of the steps from `start` on, in order."""
         workers: dict[str, Any] = {"num_workers": self._num_workers}
         if self._num_workers:
-            workers["prefetch_factor"] = 4
+            workers |= {"prefetch_factor": 4, "worker_init_fn": _ignore_signals}
         # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
         yield from DataLoader(
             self._portions,
@@ -185,6 +186,12 @@ def _sample(source: Source, index: int) -> Sample:
 
 def _augmented(image: Image.Image, *, change: Augment, generator: np.random.Generator) -> Image.Image:
     return change(image, generator)
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach workers too; but they are needed until whoever reads from them stops."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(portion: Any) -> Any:

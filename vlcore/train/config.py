@@ -116,7 +116,7 @@ class TrainConfig:
         activation_checkpointing: recompute activations in the backward instead of keeping them.
         num_workers: processes that load data; 0 loads it in the training process.
         checkpoint_every: steps between checkpoints, besides those at the ends of stages; None makes only those. A run
-            that is killed loses as many steps at most.
+            that is killed loses as many steps at most; one that SIGTERM or Ctrl-C reaches writes a checkpoint first.
         keep: how many checkpoints are kept.
         resume: go on from the last checkpoint in output_dir, if there is one; False deletes what an earlier run left.
         log_every: steps that one line of metrics.jsonl sums up.

@@ -1,5 +1,6 @@
-"""What a run hands back, and the error that ends one early."""
+"""What a run hands back, and the errors that end one early."""
 
+import signal
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,19 @@ from vlcore.processing import Processor
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on: too many bad samples, or too many steps in a row that were not finite."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """SIGTERM or SIGINT came, the step was finished and a checkpoint written, from which the same run goes on.
+
+    Args:
+        number: the signal.
+        checkpoint: what was written.
+    """
+
+    def __init__(self, number: signal.Signals, checkpoint: Path):
+        super().__init__(f"stopped by {number.name} behind {checkpoint}, from which the same run goes on.")
+        self.number = number
 
 
 @dataclass

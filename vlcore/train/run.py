@@ -7,7 +7,7 @@ from typing import Any
 
 from vlcore import overrides
 from vlcore.train.config import Stage, TrainConfig
-from vlcore.train.result import TrainingStopped
+from vlcore.train.result import TrainingInterrupted, TrainingStopped
 from vlcore.train.trainer import train
 
 
@@ -15,7 +15,8 @@ def run_file(spec: str, changes: Sequence[str] = ()) -> int:
     """Train what the function `spec` ("FILE.py:FUNCTION") describes, with fields changed by "key=value".
 
     Returns:
-        0 when the run is done, 1 when it was stopped, which is told on standard error.
+        0 when the run is done, 1 when it was stopped, and 128 and the signal's number when a signal stopped it; why is
+        told on standard error.
 
     Raises:
         ValueError: `spec` names no function that returns a TrainConfig, a change is refused (the nearest key, or the
@@ -31,9 +32,9 @@ def run_file(spec: str, changes: Sequence[str] = ()) -> int:
         if config.on_stage_end is not None:
             config = replace(config, on_stage_end=_apart(config.on_stage_end))
         result = train(config)
-    except TrainingStopped as error:
+    except (TrainingStopped, TrainingInterrupted) as error:
         print(f"vlcore train: {error}", file=sys.stderr)
-        return 1
+        return 128 + error.number if isinstance(error, TrainingInterrupted) else 1
     for stage in result.stages:
         print(
             f"{stage.name}: {stage.steps} steps in {stage.seconds:.0f} s, {stage.samples} samples, "

@@ -15,13 +15,14 @@ from vlcore.layouts import files
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.processing import Batch, Processor
 from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.interrupts import Interrupts
 from vlcore.train.lock import locked
 from vlcore.train.metrics import MetricsLog, StepRecord, count
 from vlcore.train.optimizer import make_optimizer, scale_and_clip, set_learning_rate
 from vlcore.train.plot import check_matplotlib, plot_loss
 from vlcore.train.progress import Bar
 from vlcore.train.rejections import RejectionLog
-from vlcore.train.result import StageResult, TrainingStopped, TrainResult
+from vlcore.train.result import StageResult, TrainingInterrupted, TrainingStopped, TrainResult
 from vlcore.train.schedule import learning_rate
 from vlcore.train.start import (
     CHECKPOINTS,
@@ -56,6 +57,7 @@ def train(config: TrainConfig, model: DeepSeekVL | None = None, processor: Proce
         ValueError: the configuration cannot be carried out, this is one of several processes, or the checkpoint or a
             list in output_dir is damaged or of another run, or another run is using it.
         TrainingStopped: too many bad samples, or too many steps in a row that were not finite.
+        TrainingInterrupted: SIGINT or SIGTERM came, in the main thread; the step was finished and a checkpoint written.
         OSError: output_dir cannot be written.
     """
     check_alone()
@@ -78,6 +80,7 @@ class Trainer:
         self.folder = self.output_dir / CHECKPOINTS
         self.device = model.lm_head.weight.device
         self.progress = Progress()
+        self.interrupts = Interrupts()
         self.resumed_step: int | None = None
         if not config.resume:
             remove_run(self.output_dir)
@@ -91,7 +94,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         try:
-            with Bar() as bar:
+            with Bar() as bar, self.interrupts:
                 while self.progress.stage < len(self.config.stages):
                     self._run_stage(self.config.stages[self.progress.stage], bar)
         except BaseException:
@@ -138,7 +141,8 @@ class Trainer:
             bar.update(record)
             self._watch(record)
             self.rejections.check(total.bad_samples, total.samples)
-            if progress.step < stage.steps and progress.global_step % (self.config.checkpoint_every or math.inf) == 0:
+            is_due = progress.global_step % (self.config.checkpoint_every or math.inf) == 0
+            if self.interrupts.received or (is_due and progress.step < stage.steps):
                 self._save(optimizer)
         self._end(stage, optimizer)
 
@@ -254,9 +258,12 @@ class Trainer:
             )
 
     def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint; where a signal came before it was written, it is the last."""
         self.metrics.flush(self.progress.results[-1])
         keep = self.config.keep
-        save_checkpoint(self.folder, self.progress, self.described, self.model, optimizer, keep=keep)
+        saved = save_checkpoint(self.folder, self.progress, self.described, self.model, optimizer, keep=keep)
+        if self.interrupts.received:
+            raise TrainingInterrupted(self.interrupts.received, saved)
 
     def _end(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """Close the stage. What on_stage_end fails at is not lost: the last step is saved before it is called."""
@@ -266,7 +273,8 @@ class Trainer:
                 self._save(optimizer)
             self.model.eval()
             # Without the compiler, which would take every cache of a generation for a case of its own.
-            with torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext():
+            eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+            with eager, self.interrupts.suspended():
                 self.config.on_stage_end(stage, self.model, self.processor, progress.results[-1])
         progress.stage, progress.step = progress.stage + 1, 0
         self._save(None)
