@@ -156,7 +156,7 @@ def test_a_packed_step_draws_a_fixed_number_of_samples(stage):
 
 def test_a_stage_is_changed_by_replace_and_written_as_json(stage, processor):
     from vlcore.config import preset
-    from vlcore.train.state import describe
+    from vlcore.train.description import describe
 
     config = TrainConfig(model="tiny", stages=(replace(stage(), steps=9),), output_dir="x")
     described = describe(config, preset("tiny"), processor)

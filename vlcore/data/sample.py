@@ -51,6 +51,8 @@ class Source(Protocol):
     """A map-style collection of samples; `source[i]` raises BadSample where the i-th cannot be used.
 
     With worker processes a source travels to them by pickling or forking, so it should hold paths and not open files.
+    It may also have `fingerprint() -> str`, which tells its rows from others: with it, a run that is resumed notices
+    where they were changed.
     """
 
     name: str

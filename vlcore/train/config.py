@@ -118,7 +118,9 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints, besides those at the ends of stages; None makes only those. A run
             that is killed loses as many steps at most; one that SIGTERM or Ctrl-C reaches writes a checkpoint first.
         keep: how many checkpoints are kept.
-        resume: go on from the last checkpoint in output_dir, if there is one; False deletes what an earlier run left.
+        resume: go on from the last checkpoint in output_dir, if there is one and it is of this run: of the same
+            settings, starting weights and rows of data. Images are not looked at. False deletes what an earlier run
+            left.
         log_every: steps that one line of metrics.jsonl sums up.
         plot: draw loss.png (needs matplotlib).
         save_model: write the final model, with its processor, to output_dir/model in the transformers layout.

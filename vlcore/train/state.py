@@ -1,11 +1,10 @@
 """Checkpoints of a run: everything that going on needs, written whole or not at all, read back with every check."""
 
-import hashlib
 import json
 import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlcore.checkpoint import replacing_directory
-from vlcore.config import VLConfig
 from vlcore.models.deepseek_vl import DeepSeekVL
-from vlcore.processing import Processor
-from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.description import check_same
 from vlcore.train.result import StageResult
 
 FORMAT = 1
@@ -27,8 +24,6 @@ RNG = "torch_rng_state"
 # What save_checkpoint calls a checkpoint, and what is left of one that was killed.
 NAME = r"step-[0-9]{8}(-done)?"
 LEFTOVER = rf"\.{NAME}\.[0-9a-f]+\.incomplete"
-# Settings of a stage that change no result.
-FREE = ("micro_batch_size",)
 
 
 @dataclass
@@ -120,13 +115,14 @@ def load_checkpoint(path: Path, described: dict[str, Any], model: DeepSeekVL) ->
         described: what `describe` says of the run that is to go on.
 
     Raises:
-        ValueError: the checkpoint is damaged, or is of another run: the first setting that differs is named. What may
-            differ is what changes no result (output, logging, workers, micro-batches) and stages not begun.
+        ValueError: the checkpoint is damaged, or is of another run: the first setting, source or weights that differ
+            are named. What may differ is what changes no result (output, logging, workers, micro-batches) and stages
+            not begun.
     """
     state = _read_state(path / STATE)
     try:
         progress = _progress(state["progress"])
-        _check_same(path, state["config"], described, len(progress.results))
+        check_same(path, state["config"], described, len(progress.results))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / STATE} is damaged: {error}.") from None
     tensors = _read_tensors(path / MODEL)
@@ -160,53 +156,6 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: DeepSeek
             found, needed = tuple(tensor.shape), tuple(parameters[name].shape)
             raise ValueError(f"{path / OPTIMIZER}: {key} is {found}, the parameter {needed}.")
         optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
-
-
-def describe(config: TrainConfig, model: VLConfig, processor: Processor) -> dict[str, Any]:
-    """What decides the outcome of a run, as JSON has it; of the tokenizer the SHA-256 of its JSON."""
-    stages = []
-    for stage in config.stages:
-        settings = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.name not in ("mixture", *FREE)}
-        settings["mixture"] = [
-            {
-                "name": entry.source.name,
-                "modality": entry.source.modality,
-                "samples": len(entry.source),
-                "weight": entry.weight,
-                "augmented": entry.augment is not None,
-            }
-            for entry in stage.mixture.entries
-        ]
-        stages.append(settings)
-    described = {
-        "model": asdict(model),
-        "tokenizer": hashlib.sha256(processor.tokenizer.to_str().encode()).hexdigest(),
-        "template": asdict(processor.template),
-        "seed": config.seed,
-        "precision": config.precision,
-        "stages": stages,
-    }
-    return json.loads(json.dumps(described))
-
-
-def _check_same(path: Path, saved: Any, current: Any, begun: int) -> None:
-    saved, current = ({**whole, "stages": whole["stages"][:begun]} for whole in (saved, current))
-    if difference := _difference(saved, current):
-        raise ValueError(
-            f"{path} is of another run: {difference}. Restore the setting, or choose another output_dir, or "
-            "resume=false to delete it and begin again."
-        )
-
-
-def _difference(saved: Any, current: Any, key: str = "") -> str | None:
-    """The first place where two descriptions differ, or None."""
-    if isinstance(saved, list) and isinstance(current, list):
-        saved, current = dict(enumerate(saved)), dict(enumerate(current))
-    if not (isinstance(saved, dict) and isinstance(current, dict)):
-        return None if saved == current else f"its {key} is {saved!r:.80}, the configuration's {current!r:.80}"
-    pairs = {part: (saved.get(part), current.get(part)) for part in {**saved, **current}}
-    differences = (_difference(*pair, f"{key}.{part}".lstrip(".")) for part, pair in pairs.items())
-    return next((difference for difference in differences if difference), None)
 
 
 def _named(folder: Path, pattern: str) -> list[Path]:

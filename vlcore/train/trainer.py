@@ -15,6 +15,7 @@ from vlcore.layouts import files
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.processing import Batch, Processor
 from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.description import describe, fingerprint
 from vlcore.train.interrupts import Interrupts
 from vlcore.train.lock import locked
 from vlcore.train.metrics import MetricsLog, StepRecord, count
@@ -35,7 +36,7 @@ from vlcore.train.start import (
     remove_run,
     training_mode,
 )
-from vlcore.train.state import Progress, checkpoints, describe, load_checkpoint, load_optimizer, save_checkpoint
+from vlcore.train.state import Progress, checkpoints, load_checkpoint, load_optimizer, save_checkpoint
 
 # Where the last tenth of a stage begins, whose mean loss is the stage's.
 TAIL = 0.9
@@ -50,7 +51,7 @@ def train(config: TrainConfig, model: DeepSeekVL | None = None, processor: Proce
     Args:
         config: the run.
         model: trained in place, its weights made float32, where it is unless config.device says otherwise; by default
-            the one that config.model describes.
+            the one that config.model describes. A run that goes on has its weights from the checkpoint.
         processor: by default the one that config.processor describes.
 
     Raises:
@@ -64,17 +65,20 @@ def train(config: TrainConfig, model: DeepSeekVL | None = None, processor: Proce
     if config.plot:
         check_matplotlib()
     with locked(Path(config.output_dir)):
+        is_given = model is not None
         model = load_model(config) if model is None else place(model, config)
+        # What is handed over may be what an earlier call, which was stopped, has trained already.
+        weights = None if is_given else fingerprint(model)
         processor = processor or load_processor(config)
         check(config, model, processor)
         with training_mode(model, config):
-            return Trainer(config, model, processor).run()
+            return Trainer(config, model, processor, weights).run()
 
 
 class Trainer:
     """One run. `progress` says where it stands; everything else follows from the configuration and the weights."""
 
-    def __init__(self, config: TrainConfig, model: DeepSeekVL, processor: Processor):
+    def __init__(self, config: TrainConfig, model: DeepSeekVL, processor: Processor, weights: str | None):
         self.config, self.model, self.processor = config, model, processor
         self.output_dir = Path(config.output_dir)
         self.folder = self.output_dir / CHECKPOINTS
@@ -85,7 +89,7 @@ class Trainer:
         if not config.resume:
             remove_run(self.output_dir)
         clear_leftovers(self.output_dir)
-        self.described = describe(config, model.config, processor)
+        self.described = describe(config, model.config, processor, weights)
         if saved := checkpoints(self.folder):
             self.progress = load_checkpoint(saved[-1], self.described, model)
             self.resumed_step = self.progress.global_step
