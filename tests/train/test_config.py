@@ -98,7 +98,9 @@ def test_step_schedule_goes_down_at_80_and_90_percent(stage):
 
 def test_constant_schedule_and_a_warmup_longer_than_the_stage(stage):
     assert learning_rate(stage(schedule="constant", learning_rate=3.0), 2) == 3.0
-    assert learning_rate(stage(steps=2, warmup_steps=128, learning_rate=1.28), 1) == pytest.approx(0.02)
+    for schedule in ("cosine", "step", "constant"):
+        short = stage(steps=4, warmup_steps=128, learning_rate=1.28, schedule=schedule)
+        assert [learning_rate(short, step) for step in range(4)] == pytest.approx([0.32, 0.64, 0.96, 1.28])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ class Stage:
         learning_rate: its peak.
         schedule: "cosine" falls to min_ratio of the peak; "step" multiplies it by 0.316 at 80 % and by 0.1 at 90 % of
             the steps (ours, DeepSeek-LLM's); "constant" holds it. All begin with a linear warm-up.
-        warmup_steps: steps of the learning rate's warm-up.
+        warmup_steps: steps of the learning rate's warm-up. A stage of fewer steps, such as a trial of the paper's,
+            warms up over all of them and reaches the peak in its last.
         min_ratio: where the cosine ends, relative to the peak (ours).
         batch_size: sequences of a global step, over all its micro-batches.
         micro_batch_size: sequences of one forward and backward; gradients are accumulated over the micro-batches.

@@ -20,6 +20,10 @@ FINGERPRINTS = ("weights", "rows")
 SAMPLED = 4096
 
 
+class OtherRun(ValueError):
+    """A checkpoint is whole, but of another run."""
+
+
 def describe(config: TrainConfig, model: VLConfig, processor: Processor, weights: str | None = None) -> dict[str, Any]:
     """What decides the outcome of a run, as JSON has it; of the tokenizer the SHA-256 of its JSON.
 
@@ -67,11 +71,11 @@ def check_same(path: Path, saved: Any, current: Any, begun: int) -> None:
     """Compare what `describe` said of a checkpoint's run and of this one, of which `begun` stages are begun.
 
     Raises:
-        ValueError: they differ; what is named.
+        OtherRun: they differ; what is named.
     """
     saved, current = ({**whole, "stages": whole["stages"][:begun]} for whole in (saved, current))
     if difference := _difference(saved, current) or _changed(saved, current):
-        raise ValueError(
+        raise OtherRun(
             f"{path} is of another run: {difference}. Restore it, or choose another output_dir, or "
             "resume=false to delete it and begin again."
         )

@@ -18,6 +18,7 @@ from vlcore.train.config import Stage, TrainConfig
 from vlcore.train.state import remove_checkpoints, remove_leftovers
 
 CHECKPOINTS = "checkpoints"
+METRICS, BAD_SAMPLES, PLOT = RECORDS = ("metrics.jsonl", "bad_samples.jsonl", "loss.png")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Variants of one block's code: with or without a gradient, first layer or not, packed or not, and sizes of 1, which the
 # compiler tells from more. A run of three stages makes about ten.
@@ -184,6 +185,9 @@ def clear_leftovers(output_dir: Path) -> None:
     for pattern in (".model.*.incomplete", "..model.*.incomplete"):
         for leftover in output_dir.glob(pattern):
             shutil.rmtree(leftover)
+    for name in RECORDS:
+        for leftover in output_dir.glob(f".{name}.*.partial"):
+            leftover.unlink()
 
 
 def remove_run(output_dir: Path) -> None:
@@ -193,5 +197,5 @@ def remove_run(output_dir: Path) -> None:
         OSError: it cannot be deleted.
     """
     remove_checkpoints(output_dir / CHECKPOINTS)
-    for name in ("metrics.jsonl", "bad_samples.jsonl", "loss.png"):
+    for name in RECORDS:
         (output_dir / name).unlink(missing_ok=True)

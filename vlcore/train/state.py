@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from vlcore.checkpoint import replacing_directory
 from vlcore.models.deepseek_vl import DeepSeekVL
-from vlcore.train.description import check_same
+from vlcore.train.description import OtherRun, check_same
 from vlcore.train.result import StageResult
 
 FORMAT = 1
@@ -106,6 +108,23 @@ def remove_checkpoints(folder: Path) -> None:
         raise OSError(f"{folder} is a symbolic link; what it leads to is not deleted.")
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def naming_an_older(path: Path) -> Iterator[None]:
+    """An error about the newest checkpoint says, too, which one may be gone on from instead.
+
+    Raises:
+        ValueError: that error, with the older checkpoint behind it if there is one.
+    """
+    try:
+        yield
+    except OtherRun:
+        raise
+    except ValueError as error:
+        older = checkpoints(path.parent)[:-1]
+        remedy = f" {older[-1]} is older and still there: delete {path} to go on from it." if older else ""
+        raise ValueError(f"{error}{remedy}") from None
 
 
 def load_checkpoint(path: Path, described: dict[str, Any], model: DeepSeekVL) -> Progress:

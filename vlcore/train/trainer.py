@@ -26,7 +26,10 @@ from vlcore.train.rejections import RejectionLog
 from vlcore.train.result import StageResult, TrainingInterrupted, TrainingStopped, TrainResult
 from vlcore.train.schedule import learning_rate
 from vlcore.train.start import (
+    BAD_SAMPLES,
     CHECKPOINTS,
+    METRICS,
+    PLOT,
     check,
     check_alone,
     clear_leftovers,
@@ -36,7 +39,14 @@ from vlcore.train.start import (
     remove_run,
     training_mode,
 )
-from vlcore.train.state import Progress, checkpoints, load_checkpoint, load_optimizer, save_checkpoint
+from vlcore.train.state import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    load_optimizer,
+    naming_an_older,
+    save_checkpoint,
+)
 
 # Where the last tenth of a stage begins, whose mean loss is the stage's.
 TAIL = 0.9
@@ -91,10 +101,11 @@ class Trainer:
         clear_leftovers(self.output_dir)
         self.described = describe(config, model.config, processor, weights)
         if saved := checkpoints(self.folder):
-            self.progress = load_checkpoint(saved[-1], self.described, model)
+            with naming_an_older(saved[-1]):
+                self.progress = load_checkpoint(saved[-1], self.described, model)
             self.resumed_step = self.progress.global_step
-        self.metrics = MetricsLog(self.output_dir / "metrics.jsonl", config.log_every, self.progress.global_step)
-        self.rejections = RejectionLog(self.output_dir / "bad_samples.jsonl", config.max_bad_samples)
+        self.metrics = MetricsLog(self.output_dir / METRICS, config.log_every, self.progress.global_step)
+        self.rejections = RejectionLog(self.output_dir / BAD_SAMPLES, config.max_bad_samples)
 
     def run(self) -> TrainResult:
         try:
@@ -116,7 +127,7 @@ class Trainer:
         if self.progress.results:
             self.metrics.flush(self.progress.results[-1])
         if self.config.plot:
-            plot_loss(self.metrics.path, self.output_dir / "loss.png")
+            plot_loss(self.metrics.path, self.output_dir / PLOT)
 
     def _save_model(self) -> None:
         """Weights and processor together, or neither."""
@@ -158,7 +169,9 @@ class Trainer:
                 parameter.requires_grad_(name in stage.trains)
         optimizer = make_optimizer(stage, [p for name in parts if name in stage.trains for p in parts[name]])
         if self.progress.step:
-            load_optimizer(checkpoints(self.folder)[-1], optimizer, self.model)
+            newest = checkpoints(self.folder)[-1]
+            with naming_an_older(newest):
+                load_optimizer(newest, optimizer, self.model)
         self.model.train()
         return optimizer
 
