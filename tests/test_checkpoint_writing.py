@@ -1,8 +1,10 @@
 """Writing a checkpoint whole or not at all."""
 
 import errno
+import os
 import re
 import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,21 @@ def test_a_file_is_no_directory(model, tmp_path):
 def test_there_are_two_layouts(model, tmp_path):
     with pytest.raises(ValueError, match="no layout 'gguf'; there are original, transformers"):
         save_pretrained(model, tmp_path, layout="gguf")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_the_umask_decides_who_may_read_what_is_written(model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_pretrained(model, tmp_path / "model", max_shard_size=200_000)
+        (tmp_path / "model" / "secret").write_text("")
+        (tmp_path / "model" / "secret").chmod(0o600)
+        save_pretrained(model, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes.pop("secret") == 0o600
+    assert len(modes) == 2 and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_other_errors_in_the_block_leave_nothing(tmp_path):
