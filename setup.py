@@ -97,7 +97,7 @@ cuda = Extension("vlcore._cuda", [CUDA_BINDINGS, *sources("cuda/*.cu")])
 ParallelCompile(default=0).install()
 setup(
     packages=find_namespace_packages(include=["vlcore", "vlcore.*"]),
-    package_data={"vlcore.kernels": ["*.json"]},
+    package_data={"vlcore": ["py.typed"], "vlcore.kernels": ["*.json"]},
     ext_modules=[cpp, cuda] if cuda.sources[1:] and wants_cuda() else [cpp],
     cmdclass={"build_ext": BuildExt},
     options={"build": {"build_base": "build/sanitize", "build_lib": "build/sanitize/lib"}} if SANITIZED else {},

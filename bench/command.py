@@ -11,7 +11,7 @@ from traceback import print_exception
 
 import torch
 
-from vlcore.bench import harness, models
+from vlcore.bench import harness
 from vlcore.bench.dtypes import DTYPES, check_dtypes, computing_in
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import operators
@@ -26,6 +26,8 @@ MODELS = {
     "decode": ("decoding", "decode"),
     "train": ("training", "train"),
 }
+# What the models' peers are made with; an operator's are left out where they are not installed.
+PEERS = ("transformers", "accelerate")
 
 
 def benched() -> list[str]:
@@ -62,8 +64,8 @@ def run(
         plot_file: where a picture of them is drawn, of all that json_file holds if it is given.
 
     Raises:
-        ValueError: an operator without a bench, a device that is not there, a file of another machine, or a plot
-            without matplotlib.
+        ValueError: an operator without a bench, a device that is not there, a file of another machine, a plot without
+            matplotlib, or a model without transformers.
         AssertionError: results are not as accurate as torch's, or were none. They are not timed; all the others are.
     """
     for name in names:
@@ -78,6 +80,9 @@ def run(
         raise ValueError(f"{json_file} holds what was measured on {kept.machine!r}; this is {here!r}.")
     if plot_file and find_spec("matplotlib") is None:
         raise ValueError("A plot needs matplotlib: pip install 'vlcore[plot]'.")
+    if parts and (missing := [package for package in PEERS if find_spec(package) is None]):
+        given = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        raise ValueError(f"Models are timed beside transformers', and {given}: pip install 'vlcore[bench]'.")
     print(here, flush=True)
     chosen = names or ([] if parts or overhead else benched())
     failed: list[str] = []
@@ -134,6 +139,8 @@ def _models(parts: Sequence[str], dtype: str, device: str, compiled: bool, faile
 
 def _model(part: str, dtype: str, device: str, compiled: bool) -> Iterator[Measurement]:
     # By itself, so that nothing holds a part's models when the next one's are made.
+    from vlcore.bench import models
+
     module, function = MODELS[part]
     make: Callable[..., Iterator] = getattr(import_module(f"vlcore.bench.{module}"), function)
     for case in make(DTYPES[dtype], device, compiled):

@@ -320,6 +320,23 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(tmp_path,
     assert "pip install 'vlcore[plot]'" in said.err and not said.out
 
 
+def test_a_model_without_transformers_is_refused_before_anything_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name in command.PEERS else find_spec(name))
+    assert cli.main(["bench", "--model", "vision"]) == 2
+    said = capsys.readouterr()
+    assert "transformers and accelerate are not installed: pip install 'vlcore[bench]'" in said.err and not said.out
+
+
+def test_operators_need_no_transformers():
+    program = """
+import sys
+sys.modules["transformers"] = sys.modules["accelerate"] = None  # importing them raises
+from vlcore.bench import command, overhead
+assert [case.operator for name in command.benched() for case in command.cases(name)]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 MARKS = "".join(f"<!-- {device} {what} -->\n<!-- end -->\n" for device in ("cpu", "cuda", "cpu amx") for what in TABLES)
 
 

@@ -54,6 +54,42 @@ def test_a_config_of_another_model_does_not_fit(saved):
         from_pretrained(saved)
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config", "high_res_vision_config"])
+def test_more_layers_than_tensors_are_refused_before_they_are_listed(saved, part):
+    config = json.loads((saved / "config.json").read_text())
+    config[part]["num_hidden_layers"] = 10**12
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json describes 1\d+ layers, and there are \d+ tensors in all"):
+        from_pretrained(saved)
+
+
+def test_a_dtype_may_be_named(saved):
+    assert from_pretrained(saved, dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
+    for dtype in (torch.int8, "int8", "half precision", 16):
+        with pytest.raises(ValueError, match=f"from_pretrained: dtype {dtype!r} is none of float64, float32, float16"):
+            from_pretrained(saved, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_config": None}, "there is no vision_config, which a 'deepseek_vl_hybrid' is made of"),
+        ({"text_config": None, "high_res_vision_config": None}, "no text_config and no high_res_vision_config, which"),
+        ({"vision_config": []}, r"vision_config is \[\]; it should be an object"),
+        ({"vision_config": {"hidden_size": 64}}, "hidden_act is left out, which stands for 'gelu_pytorch_tanh'; this"),
+        (
+            {"text_config": {"hidden_act": "relu"}},
+            "text_config: hidden_act is 'relu'; this package computes 'silu' only",
+        ),
+    ],
+)
+def test_a_part_that_is_missing_or_another_is_named(saved, changes, message):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        from_pretrained(saved)
+
+
 def test_quantised_weights_are_refused(saved):
     rewrite(saved / "model.safetensors", lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}))
     with pytest.raises(ValueError, match="1 of a dtype that is none of F64, F32, F16, BF16: lm_head.weight is I8"):

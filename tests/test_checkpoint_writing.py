@@ -1,11 +1,15 @@
 """Writing a checkpoint whole or not at all."""
 
 import errno
+import os
+import re
 import resource
+import stat
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from checkpoints import assert_same, siglip_only, telling_model
 from public_models import make_telling
 
@@ -182,8 +186,42 @@ def test_there_are_two_layouts(model, tmp_path):
         save_pretrained(model, tmp_path, layout="gguf")
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_the_umask_decides_who_may_read_what_is_written(model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_pretrained(model, tmp_path / "model", max_shard_size=200_000)
+        (tmp_path / "model" / "secret").write_text("")
+        (tmp_path / "model" / "secret").chmod(0o600)
+        save_pretrained(model, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes.pop("secret") == 0o600
+    assert len(modes) == 2 and set(modes.values()) == {0o666 & ~umask}
+
+
 def test_other_errors_in_the_block_leave_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), replacing_directory(tmp_path / "run") as fresh:
         (fresh / "a").write_text("")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "num_files"), [("1GB", 1), ("0.2 mb", 4), ("200KiB", 4), (2e5, 4), (10**9, 1)])
+def test_the_size_of_files_may_have_a_unit(model, tmp_path, size, num_files):
+    save_pretrained(model, tmp_path / "model", max_shard_size=size)
+    assert len([*tmp_path.glob("model/*.safetensors")]) >= num_files > (num_files > 1)
+    assert_same(from_pretrained(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize("size", [0, -1, float("nan"), "5", "5 parsecs", "0GB", "1.2.3GB", None, True])
+def test_what_is_no_size_is_refused(model, tmp_path, size):
+    with pytest.raises(ValueError, match=f"max_shard_size {re.escape(repr(size))} is neither a positive number nor"):
+        save_pretrained(model, tmp_path / "model", max_shard_size=size)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_compiled_model_is_written_as_what_it_wraps(saved, model, tmp_path):
+    save_pretrained(torch.compile(model), tmp_path / "compiled")
+    assert snapshot(tmp_path / "compiled") == snapshot(saved)

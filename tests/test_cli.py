@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import vlcore
 from vlcore.cli import main
 
 
@@ -44,6 +45,12 @@ def test_what_the_user_got_wrong_is_one_line(capsys, arguments, message):
     assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"vlcore {arguments[0]}: ") and message in errors and len(errors.splitlines()) == 1
+
+
+def test_says_its_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"vlcore {vlcore.__version__}\n"
 
 
 def test_an_unknown_command_shows_the_usage(capsys):

@@ -154,6 +154,22 @@ def test_writes_one_row_of_each_cache_and_nothing_else(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_learns_that_the_caches_were_written_to(backend):
+    given = inputs()
+    skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)
+    caches = [cache.requires_grad_() * 1 for cache in given[3:5]]
+    given = (*given[:3], *caches, given[5])
+    for cache in caches:
+        loss = cache.square().sum()
+        with torch.no_grad():
+            ops.decode_attention(*given, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.inference_mode():  # whose tensors have no version
+        ops.decode_attention(*copies(given), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_takes_caches_that_are_parts_of_a_larger_one(backend):
     given = inputs()
     skip_if_refused(KERNELS, backend, *given, 1e4, 0.5)

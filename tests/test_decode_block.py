@@ -151,6 +151,22 @@ def test_writes_one_row_of_each_cache_and_nothing_else(backend):
         assert torch.equal(tensor, old)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_learns_that_the_caches_were_written_to(backend):
+    given = inputs()
+    skip(backend, given)
+    caches = [cache.requires_grad_() * 1 for cache in given[3:5]]
+    given = (*given[:3], *caches, given[5])
+    for cache in caches:
+        loss = cache.square().sum()
+        with torch.no_grad():
+            ops.decode_block(*given, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.inference_mode():  # whose tensors have no version
+        ops.decode_block(*copies(given), backend=backend)
+
+
 @pytest.mark.parametrize("form", [None, (8, 32), (4, None)])
 def test_results_depend_neither_on_threads_nor_on_the_other_rows(form):
     given = inputs((130, 40), 131, form=form, dtype=torch.bfloat16)

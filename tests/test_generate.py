@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from PIL import Image
 from small_tokenizer import small_tokenizer
 
 from vlcore.config import preset
-from vlcore.generate import Sampling, generate
+from vlcore.generate import Sampling, evaluating, generate
 from vlcore.models import DeepSeekVL, init_weights
 from vlcore.processing import ImageError, Processor, collate, pack
 
@@ -188,6 +189,26 @@ def test_sampling_is_that_of_transformers():
     assert (counts[warped.isinf()] == 0).all()
     # 2000 draws: a share's standard deviation is at most 0.011.
     assert (counts - warped.softmax(-1)).abs().max() < 0.05
+
+
+def test_the_last_of_several_threads_leaves_the_model_as_it_was(model):
+    entered, leave = Event(), Event()
+
+    def hold():
+        with evaluating(model):
+            entered.set()
+            assert leave.wait(30)
+
+    model.train()
+    model.vision.eval()
+    thread = Thread(target=hold)
+    thread.start()
+    assert entered.wait(30)
+    with evaluating(model):
+        leave.set()
+        thread.join()
+        assert not any(module.training for module in model.modules())
+    assert model.training and model.language.training and not model.vision.training
 
 
 def test_the_model_is_left_as_it_was(model, processor):

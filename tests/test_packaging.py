@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import vlcore
+
 ROOT = Path(__file__).parent.parent
+VERSION = vlcore.__version__
 UNOPTIMISED = {"CXXFLAGS": "-O0"}
 PROGRAM = """
 import torch, vlcore, vlcore.kernels
@@ -41,12 +44,17 @@ def built(tmp_path_factory) -> Path:
     return target
 
 
-def test_the_sdist_has_the_sources_of_each_extension(built):
+def test_the_sdist_has_the_sources_of_each_extension_and_all_else_that_the_checkout_has(built):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     sources = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("**/*.*")]
     assert {"csrc/cuda/device.h", "csrc/cuda/decode_attention.cu"} <= set(sources) <= names
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout, whose files the sdist could be held against")
+    # Links are folders there.
+    assert set(listed.stdout.split()) - names <= {".gitignore", "vlcore/bench", "vlcore/kernels"}
 
 
 @pytest.mark.parametrize(
@@ -66,4 +74,12 @@ def test_installs_and_works_elsewhere(built, tmp_path, pattern, cuda):
     run(python, "-m", "pip", "install", "--no-deps", archive, cwd=tmp_path, VLCORE_CUDA="0", **UNOPTIMISED)
     run(python, "-c", PROGRAM, cwd=tmp_path)
     run(python, "-c", f"from vlcore import native; assert (native.cuda is not None) == {cuda}", cwd=tmp_path)
+    for command in ("-m", "pip", "show", "vlcore"), ("-m", "vlcore.cli", "--version"):
+        assert VERSION in run(python, *command, cwd=tmp_path)
+    run(
+        python,
+        "-c",
+        "from importlib.resources import files; assert (files('vlcore') / 'py.typed').is_file()",
+        cwd=tmp_path,
+    )
     assert "parameters" in run(environment / "bin" / "vlcore", "info", "--preset", "tiny", cwd=tmp_path).lower()

@@ -10,6 +10,7 @@ from operators import (
     assert_matches,
     assert_strides_do_not_matter,
     assert_well_formed,
+    here,
     random,
     skip_if_refused,
 )
@@ -119,6 +120,51 @@ def test_a_weight_cannot_be_changed_and_equals_itself_only():
     assert weight == weight and weight != other and len({weight, other}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError, match="bits"):
         weight.bits = 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"scales": torch.ones(6, 2).bfloat16()},
+            r"scales are \(6, 2\) torch.bfloat16; .* need \(6, 2\) torch.float32",
+        ),
+        (
+            {"scales": torch.ones(6, 2).double()},
+            r"scales are \(6, 2\) torch.float64; 8 bits of \(6, 64\) in groups of 32",
+        ),
+        ({"scales": torch.ones(5, 2)}, r"scales are \(5, 2\) torch.float32; .* need \(6, 2\)"),
+        ({"scales": torch.ones(6, 2, device="meta")}, "scales is on meta and values on"),
+        ({"values": torch.ones(6, 64)}, r"values are \(6, 64\) torch.float32; .* need \(6, 64\) torch.int8"),
+        (
+            {"values": torch.ones(6, 32).to(torch.uint8)},
+            r"values are \(6, 32\) torch.uint8; .* need \(6, 64\) torch.int8",
+        ),
+        ({"bits": 4}, r"values are \(6, 64\) torch.int8; 4 bits of .* need \(6, 32\) torch.uint8"),
+        ({"bits": 3}, "3 bits are neither 8 nor 4"),
+        ({"shape": (6, 2**20)}, r"values are \(6, 64\) torch.int8; 8 bits of \(6, 1048576\)"),
+        ({"shape": (600, 64)}, r"values are \(6, 64\) torch.int8; .* need \(600, 64\)"),
+        ({"group_size": None}, r"scales are \(6, 2\) torch.float32; .* in groups of 64 need \(6, 1\)"),
+        ({"group_size": 48}, "groups of 48 do not divide the 64 inputs of a row"),
+        ({"group_size": 0}, "groups of 0 do not divide"),
+    ],
+)
+def test_a_weight_is_what_it_says(changes, message):
+    """Kernels go by what it says: of other tensors they would read what is not theirs."""
+    weight = ops.quantize_weight(random(6, 64), 8, 32)
+    given = {name: here(value) for name, value in changes.items()}
+    with pytest.raises(ValueError, match=f"QuantizedWeight: {message}"):
+        dataclasses.replace(weight, **given)
+
+
+def test_a_weight_can_be_made_in_a_graph():
+    weight = ops.quantize_weight(random(5, 64), 4, 32)
+
+    def apply(x, bias):
+        remade = ops.QuantizedWeight(weight.values, weight.scales, weight.bits, weight.group_size, weight.shape)
+        return ops.quantized_linear(x, remade, bias)
+
+    assert_compiles(apply, (random(3, 64), random(5)))
 
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMS)

@@ -9,6 +9,8 @@ from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.models.quantized import quantize
 from vlcore.processing import Processor
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CudaGraphs",
     "DeepSeekVL",

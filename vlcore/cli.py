@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import vlcore
 from vlcore import config, layouts
 
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlcore", description="DeepSeek-VL on compiled kernels.")
+    parser.add_argument("--version", action="version", version=f"vlcore {vlcore.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_info(commands.add_parser("info", help="parameters, FLOPs and memory of a model, or its table of weights"))
     _add_train(commands.add_parser("train", help="run the training that a Python function describes"))

@@ -74,8 +74,8 @@ class KVCache:
         if self._places is None:
             raise ValueError("KVCache.attend: call begin with the prompts' lengths before the first forward.")
         q, k = (ops.apply_rope(x, positions, theta) for x in (q, k))
-        self.keys[layer][self._places] = k.flatten(0, 1)
-        self.values[layer][self._places] = v.flatten(0, 1)
+        for cache, fresh in ((self.keys[layer], k), (self.values[layer], v)):
+            cache[self._places] = fresh.flatten(0, 1).to(cache.dtype)
         return ops.attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -106,17 +107,30 @@ def generate(
     return answers if is_list else answers[0]
 
 
+# Of each model that is run in eval mode at this moment: by how many threads, and the modes that the first one found.
+_evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
+_changing_modes = Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode without gradients; gives the device that the model is on, and leaves every module in its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Eval mode without gradients; gives the device that the model is on, and leaves every module in its own mode, as
+    the last of several threads does."""
+    with _changing_modes:
+        count, modes = _evaluated.get(model) or (0, [(module, module.training) for module in model.modules()])
+        _evaluated[model] = count + 1, modes
+        model.eval()
     try:
         with torch.inference_mode():
             yield next(model.parameters()).device
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _changing_modes:
+            count, modes = _evaluated.pop(model)
+            if count > 1:
+                _evaluated[model] = count - 1, modes
+            else:
+                for module, mode in modes:
+                    module.training = mode
 
 
 def _answer(

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from toy_data import Listed, captions, instructions, mixture, square, texts
 
-from vlcore.data import BadSample, Encoder, Entry, Loader, Mixture, Sample, Sampler
+from vlcore.data import BadSample, Encoder, Entry, Loader, Mixture, Overlong, Sample, Sampler
 
 PLACEHOLDER = 3
 
@@ -162,6 +162,49 @@ def test_overlong_documents_are_skipped_or_cut(processor):
         encoder(processor, sequence_length=6, overlong="truncate")(instructions()[0])
 
 
+def chat(*turns, modality="text"):
+    """A conversation of the users' turns given, each answered."""
+    answer = {"role": "assistant", "content": "a cat sat under three trees"}
+    return Sample(
+        id="s",
+        modality=modality,
+        conversation=[m for turn in turns for m in ({"role": "user", "content": turn}, answer)],
+    )
+
+
+@pytest.mark.parametrize("supervise", ["answers", "text"])
+def test_an_overlong_conversation_keeps_the_whole_turns_that_fit(processor, supervise):
+    pictures = [[{"type": "image", "image": square(i)}, {"type": "text", "text": "What is this?"}] for i in range(3)]
+    whole, short = chat(*pictures, modality="multimodal"), chat(*pictures[:2], modality="multimodal")
+    plain = encoder(processor, sequence_length=400, supervise=supervise)
+    expected, everything = plain(short)[0], plain(whole)[0]
+    for room in (len(expected), len(expected) + 1, len(everything) - 1):
+        cutting = encoder(processor, sequence_length=room, supervise=supervise, overlong="truncate")
+        encoded, cut = cutting(whole)
+        assert torch.equal(encoded.input_ids, expected.input_ids) and torch.equal(encoded.labels, expected.labels)
+        assert len(encoded.images) == 2 and cut == len(everything) - len(expected)
+
+
+def test_a_conversation_without_an_answer_or_an_image_that_fits_is_overlong(processor):
+    late = chat("hi", [{"type": "image", "image": square(0)}], modality="multimodal")
+    first = len(encoder(processor)(chat("hi"))[0])
+    for sample, room in ((chat("hi", "and?"), first - 1), (late, first + 3)):
+        with pytest.raises(Overlong, match=f"over the sequence length of {room}"):
+            encoder(processor, sequence_length=room, overlong="truncate")(sample)
+    encoded, _ = encoder(processor, sequence_length=first, overlong="truncate")(chat("hi", "and?"))
+    assert len(encoded) == first
+
+
+def test_overlong_samples_are_counted_apart_and_patience_with_them_is_longer(processor):
+    short, long = texts("mixed", 1).samples, texts("mixed", 30, length=300).samples
+    portions = list(loader(processor, of(Listed("mixed", "text", short + long)), steps=2).portions())
+    assert all(portion.failure is None for portion in portions)
+    assert max(portion.overlong_samples for portion in portions) > 20
+    assert all(portion.overlong_samples == len(portion.rejections) for portion in portions)
+    hopeless = next(loader(processor, of(Listed("long", "text", long)), steps=1).portions())
+    assert "200 samples in a row drawn from 'long' are too long; of the last one, 'mixed-" in hopeless.failure
+
+
 @pytest.mark.parametrize(
     "sample, settings, reason",
     [
@@ -196,6 +239,47 @@ def test_truncated_and_missing_image_files_are_named(processor, tmp_path):
 def test_a_sample_is_one_thing():
     with pytest.raises(ValueError, match="'s' must be either a document or a conversation"):
         Sample(id="s", modality="text")
+
+
+def failing(image, generator):
+    if generator.random() < 0.3:
+        raise KeyError("low")
+    return image
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_at_which_augmentation_fails_is_bad(processor, workers):
+    mix = Mixture(entries=(Entry(source=captions(), augment=failing),))
+    portions = list(loader(processor, mix, workers=workers, steps=8).portions())
+    assert sum(portion.samples["captions"] for portion in portions) == 48
+    rejections = [rejection for portion in portions for rejection in portion.rejections]
+    assert {(r.source, r.reason) for r in rejections} == {("captions", "its augmentation failed: KeyError: 'low'")}
+    assert all(rejection.sample_id.startswith("captions-") for rejection in rejections)
+
+
+@pytest.mark.parametrize(
+    "change, shown",
+    [
+        (lambda image: image.convert("L"), "<PIL.Image.Image image mode=L"),
+        (lambda image: image.crop((0, 0, 0, 5)), "<PIL.Image.Image image mode=RGB size=0x5"),
+        (lambda image: None, "None"),
+    ],
+)
+def test_augmentation_that_makes_no_image_is_named(processor, change, shown):
+    with pytest.raises(BadSample, match=f"its augmentation returned {shown}.*, which is no RGB image with pixels"):
+        encoder(processor)(captions()[0], change)
+
+
+class Failing(Listed):
+    def __getitem__(self, index):
+        raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_fails_is_no_bad_sample(processor, workers):
+    portions = loader(processor, of(Failing("mine", "text", [None] * 3)), workers=workers, steps=1).portions()
+    with pytest.raises(RuntimeError, match=r"The source 'mine' failed at \[\d\]: ValueError: a bug"):
+        next(portions)
 
 
 def test_augmentation_changes_images_the_same_way_each_time(processor):

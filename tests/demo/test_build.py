@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,16 @@ def test_the_seed_decides_and_repeats(packages, data, tmp_path):
     other = build(packages, tmp_path / "b", config.demo(), SIZES, seed=1)
     assert contents(again.root) == contents(data.root) != contents(other.root)
     assert again.root.name == data.root.name != other.root.name
+
+
+def test_the_umask_decides_who_may_read_the_data(packages, tmp_path):
+    before = os.umask(0o027)
+    try:
+        root = build(packages, tmp_path, config.demo(), dataclasses.replace(SIZES, pages=2), seed=0).root
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(root.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in root.glob("*.json*")} == {0o640}
 
 
 def test_a_build_that_fails_leaves_nothing(packages, tmp_path, monkeypatch):

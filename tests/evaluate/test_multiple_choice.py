@@ -1,5 +1,7 @@
 """Options scored behind a shared prompt: equal to scoring each alone, one question or many."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy_data import square
@@ -140,6 +142,24 @@ def test_options_are_listed_in_conversations_of_the_original_style(processor):
 def test_bad_questions_are_refused(model, processor, conversation, options, message):
     with pytest.raises(ValueError, match=message):
         score_options(model, processor, conversation, options)
+
+
+def test_an_option_that_ends_beyond_the_models_positions_is_refused(model, processor, monkeypatch):
+    prompt = len(processor.encode_conversation(question(), open_turn=True))
+    option = score_options(model, processor, question(), OPTIONS)[1].num_tokens
+    fits = prompt + option - 1
+
+    def limited_to(positions):
+        language = replace(model.config.language, max_positions=positions)
+        monkeypatch.setattr(model, "config", replace(model.config, language=language))
+
+    limited_to(fits)
+    assert len(score_options(model, processor, question(), OPTIONS)) == 4
+    limited_to(fits - 1)
+    short = (question("?", images=0), ["a"])
+    message = f"Question 1 .* prompt of {prompt} tokens .* option of {option} need {fits} positions, .* has {fits - 1}"
+    with pytest.raises(ValueError, match=message):
+        score_many(model, processor, [short, (question(), OPTIONS)])
 
 
 def test_bad_forms_are_refused(model, processor):

@@ -47,3 +47,9 @@ def test_a_hopeless_model_has_infinite_perplexity():
 def test_nothing_to_read_is_refused(model, processor, texts, message):
     with pytest.raises(ValueError, match=message):
         perplexity(model, processor, texts)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(model, processor, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}; it must be at least 1"):
+        score_texts(model, processor, TEXTS, batch_size=batch_size)

@@ -246,3 +246,10 @@ def test_an_attention_mask_has_the_shape_of_the_ids_and_stands_alone(model):
         model(ids, attention_mask=torch.ones(2, 5), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))
     with pytest.raises(ValueError, match="a memory needs positions"):
         model(ids, memory=RecordingMemory())
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(4, dtype=torch.long), torch.zeros(1, 4), torch.zeros(1, 1, 4).int()])
+def test_ids_are_rows_of_integers(ids):
+    model = DeepSeekVL(preset("tiny"))
+    with pytest.raises(ValueError, match=r"input_ids are \(.*\) torch.\w+; they need to be \(B, T\) integers"):
+        model(ids)

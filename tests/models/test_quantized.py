@@ -54,6 +54,25 @@ def test_decodes_what_a_forward_computes(model, dtype, bits, group_size, _):
     assert (hidden - whole).norm() / whole.norm() < (1e-5 if dtype == torch.float32 else 3e-2)
 
 
+def test_a_compiled_model_is_quantised_inside_its_wrapper(model):
+    ids = torch.randint(4, 512, (1, 8))
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = compiled(ids).logits
+        quantize(compiled, 8)
+        after = compiled(ids).logits
+    assert quantized_layers(model) and torch.equal(after, model(ids).logits) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.Sequential, lambda model: model.language, lambda model: model.lm_head])
+def test_what_is_no_model_is_refused(model, wrap, tmp_path):
+    wrapper = wrap(model)
+    for call in (quantize, lambda model: vlcore.save_pretrained(model, tmp_path / "model")):
+        with pytest.raises(ValueError, match=f": it takes a DeepSeekVL, and this is a {type(wrapper).__name__}"):
+            call(wrapper)
+    assert not quantized_layers(model) and not (tmp_path / "model").exists()
+
+
 def test_integers_take_the_place_of_the_language_models_layers_alone(model):
     embedding = model.language.embed_tokens.weight
     size = sum(p.nbytes for p in model.language.layers.parameters())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_tokenizer import BOS, EOS, IMAGE, small_tokenizer
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from vlcore.processing import IGNORE_INDEX, ChatTemplate, ImageError, Processor
 from vlcore.processing.chat import DEFAULT_SYSTEM
 
 TINY = preset("tiny")
+SIDE = TINY.siglip.image_size
 RED = Image.new("RGB", (20, 10), "red")
 FILES = {
     "tokenizer.json",
@@ -282,6 +284,18 @@ def test_transformers_reads_what_was_saved(both, name):
         mean, std = (np.array(value, np.float32)[:, None, None] for value in (tower.mean, tower.std))
         expected = (ours.pixels(encoded.images).numpy() - mean) / std
         assert np.abs(inputs[key].numpy() - expected).max() < 1e-5
+
+
+def test_transformers_makes_the_low_resolution_image_that_our_model_does(both):
+    """But for the rounding to 8 bits, which ours is spared where there are two towers."""
+    ours, theirs = both
+    spots = np.random.default_rng(0).integers(0, 255, (16, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(spots).resize((128, 256), Image.Resampling.BICUBIC)
+    found = theirs.image_processor([image], return_tensors="pt")["pixel_values"].reshape(1, 3, *[SIDE] * 2) * 0.5 + 0.5
+    pixels = ours.pixels([image])
+    if ours.config.sam:
+        pixels = torch.nn.functional.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
+    assert (found - pixels).abs().max() < (1.1 / 255 if ours.config.sam else 1e-5)
 
 
 def test_transformers_sees_the_default_system_prompt(both):

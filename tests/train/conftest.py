@@ -7,7 +7,7 @@ from toy_data import mixture
 
 from vlcore.config import preset
 from vlcore.processing import Processor
-from vlcore.train import Stage, TrainConfig, train
+from vlcore.train import Stage, TrainConfig, train, trainer
 
 CONFIG = preset("tiny")
 
@@ -47,3 +47,47 @@ def run(processor, tmp_path):
         return train(config, model, processor)
 
     return run
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def stages(stage):
+    """Three short stages that use everything the paper's do."""
+    both = {"captions": 1, "articles": 2}
+    return (
+        stage(name="one", trains=("adaptor",), sources={"captions": 1}, warmup_steps=2),
+        stage(name="two", trains=("adaptor", "language"), sources=both, packing=True, steps=4, schedule="step"),
+        stage(name="three", trains=("language", "adaptor", "siglip"), sources={"instructions": 1}, supervise="answers"),
+    )
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch):
+    """Make the trainer fail after some steps, then let it work again."""
+
+    def interrupted_after(steps, call):
+        step, taken = trainer.Trainer._step, []
+
+        def failing(self, *arguments):
+            if len(taken) == steps:
+                raise Interrupted
+            taken.append(1)
+            return step(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.Trainer, "_step", failing)
+            with pytest.raises(Interrupted):
+                call()
+
+    return interrupted_after
+
+
+@pytest.fixture
+def interrupted(run, stages, interrupted_after, tmp_path):
+    """A run stopped in its second stage, and its last checkpoint."""
+    interrupted_after(5, lambda: run(*stages, checkpoint_every=2))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-00000004")
+    return checkpoint

@@ -98,7 +98,9 @@ def test_step_schedule_goes_down_at_80_and_90_percent(stage):
 
 def test_constant_schedule_and_a_warmup_longer_than_the_stage(stage):
     assert learning_rate(stage(schedule="constant", learning_rate=3.0), 2) == 3.0
-    assert learning_rate(stage(steps=2, warmup_steps=128, learning_rate=1.28), 1) == pytest.approx(0.02)
+    for schedule in ("cosine", "step", "constant"):
+        short = stage(steps=4, warmup_steps=128, learning_rate=1.28, schedule=schedule)
+        assert [learning_rate(short, step) for step in range(4)] == pytest.approx([0.32, 0.64, 0.96, 1.28])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_packed_step_draws_a_fixed_number_of_samples(stage):
 
 def test_a_stage_is_changed_by_replace_and_written_as_json(stage, processor):
     from vlcore.config import preset
-    from vlcore.train.state import describe
+    from vlcore.train.description import describe
 
     config = TrainConfig(model="tiny", stages=(replace(stage(), steps=9),), output_dir="x")
     described = describe(config, preset("tiny"), processor)

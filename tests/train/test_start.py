@@ -75,6 +75,15 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(config):
         train(config, DeepSeekVL(small), processor)
 
 
+def test_one_of_several_processes_is_refused(config, model, processor, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but training is one process today"):
+        train(config, model, processor)
+    assert list(config.output_dir.iterdir()) == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train(config, model, processor).stages[0].steps == 1
+
+
 def test_a_backend_that_is_not_there_is_refused(config, model, processor):
     with pytest.raises(ValueError, match="compile is 'indctor'; there are the backends .*inductor"):
         train(replace(config, compile="indctor"), model, processor)

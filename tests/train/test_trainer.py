@@ -1,4 +1,4 @@
-"""What a run does besides descending: freezing, precision, bad data, non-finite steps, records, the final model."""
+"""What a run does besides descending: freezing, precision, bad data, records, the final model."""
 
 import json
 import sys
@@ -158,46 +158,19 @@ def test_too_many_bad_samples_stop_the_run_with_the_file_named(run, stage):
         run(replace(stage(steps=12), mixture=of(source)))
 
 
+def test_samples_that_are_too_long_are_counted_and_do_not_stop_the_run(run, stage):
+    source = Listed("mixed", "text", texts("mixed", 10).samples + texts("long", 10, length=300).samples)
+    result = run(replace(stage(steps=6), mixture=of(source)), max_bad_samples=0.0)
+    assert result.stages[0].bad_samples == 0 and result.stages[0].samples == 24
+    assert result.stages[0].overlong_samples == lines(result)[-1]["overlong_samples"] > 8
+    listed = [json.loads(line) for line in (result.output_dir / "bad_samples.jsonl").read_text().splitlines()]
+    assert all("tokens, over the sequence length of 128" in row["reason"] for row in listed)
+
+
 def test_a_source_of_bad_samples_stops_the_run_with_the_file_named(run, stage, tmp_path):
     with pytest.raises(TrainingStopped, match=r"drawn from 'ruin' are bad.*bad_samples\.jsonl lists"):
         run(replace(stage(), mixture=of(Listed("ruin", "text", [None] * 9))))
     assert len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) == 9
-
-
-def poisoned(monkeypatch, steps, value=float("nan")):
-    """Losses of the forwards whose numbers are given become `value`."""
-    forward, calls = DeepSeekVL.forward, []
-
-    def poisoning(self, *arguments, **keywords):
-        out = forward(self, *arguments, **keywords)
-        calls.append(1)
-        return out._replace(loss=out.loss * value) if len(calls) - 1 in steps else out
-
-    monkeypatch.setattr(DeepSeekVL, "forward", poisoning)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(run, stage, monkeypatch, value):
-    model = fresh()
-    poisoned(monkeypatch, {2}, value)
-    result = run(stage(steps=2, batch_size=2), model=model)
-    assert result.stages[0].skipped_steps == 0
-    poisoned(monkeypatch, {0, 1}, value)
-    before = snapshot(model)
-    result = run(stage(steps=2, batch_size=2), model=model, folder="poisoned")
-    assert result.stages[0].skipped_steps == 2
-    assert all(torch.equal(a, b) for part, old in before.items() for a, b in zip(old, model.parts()[part], strict=True))
-    assert [row["loss"] for row in lines(result)] == [None, None]
-
-
-def test_too_many_such_steps_in_a_row_stop_the_run_with_the_samples_named(run, stage, monkeypatch, tmp_path):
-    poisoned(monkeypatch, {1, 4, 7})  # of two micro-batches a step: in steps 0, 2 and 3, there in the second
-    with pytest.raises(TrainingStopped, match=r"2 steps in a row .* step 3 with loss nan") as stopped:
-        run(stage(steps=9), max_bad_steps=2, log_every=3, plot=True)
-    assert str(stopped.value).count("articles/articles-") == 2
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["skipped_steps"]) for row in rows] == [(2, 2), (3, 3)]
-    assert (tmp_path / "run" / "loss.png").exists()
 
 
 def test_a_run_that_stops_before_its_first_step_draws_nothing(run, stage, tmp_path):
@@ -225,7 +198,8 @@ def test_the_final_model_and_the_plot_are_written(run, stage, processor):
     read = vlcore.Processor.from_pretrained(result.output_dir / "model")
     assert read.encode_text("a cat") == processor.encode_text("a cat")
     assert (result.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in result.output_dir.iterdir()} == {"checkpoints", "loss.png", "metrics.jsonl", "model"}
+    names = {path.name for path in result.output_dir.iterdir()}
+    assert names == {".lock", "checkpoints", "loss.png", "metrics.jsonl", "model"}
 
 
 @pytest.mark.parametrize("failing", ["vlcore.checkpoint.writing.save_file", "pathlib.Path.write_text"])

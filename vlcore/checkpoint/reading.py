@@ -19,7 +19,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def from_pretrained(
-    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    directory: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> DeepSeekVL:
     """The model in a directory, in eval mode.
 
@@ -28,19 +28,21 @@ def from_pretrained(
 
     Args:
         directory: holds config.json and the weights.
-        dtype: of the parameters; by default each keeps the one it has on disk, and one that is stored in parts of
-            several dtypes has the one that holds them all.
+        dtype: of the parameters, such as torch.bfloat16 or "bfloat16"; by default each keeps the one it has on disk,
+            and one that is stored in parts of several dtypes has the one that holds them all.
         device: by default the CPU.
 
     Raises:
         FileNotFoundError: there is no such directory, or no config.json in it.
-        ValueError: the config is not one of this model's; a file is malformed; weights are missing, unexpected, there
-            twice or of another shape than the config says, each of them named.
+        ValueError: a dtype that is not of floating numbers; the config is not one of this model's; a file is malformed;
+            weights are missing, unexpected, there twice or of another shape than the config says, each of them named.
     """
-    directory = Path(directory)
+    directory, dtype = Path(directory), _floating("from_pretrained", dtype)
     stored = _stored(directory)
     config = layouts.read_config(directory)
     layout = _layout(directory, stored)
+    towers = (config.siglip,) if config.sam is None else (config.siglip, config.sam)
+    _check_layers(directory, sum(part.num_layers for part in (config.language, *towers)), stored)
     bindings = layouts.bindings(config, layout)
     unused = _check(directory, f"the {layout} layout", bindings, stored)
     with torch.device("meta"):
@@ -52,7 +54,7 @@ def from_pretrained(
 
 
 def load_llama(
-    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    directory: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> tuple[Llama, Linear]:
     """A plain LLaMA directory's model and its head, which holds the embedding's weight where they are tied.
 
@@ -60,9 +62,10 @@ def load_llama(
         FileNotFoundError: there is no such directory, or no config.json in it.
         ValueError: as `from_pretrained`.
     """
-    directory = Path(directory)
+    directory, dtype = Path(directory), _floating("load_llama", dtype)
     stored = layouts.stored_tensors(directory)
     config = layouts.read_llama_config(directory)
+    _check_layers(directory, config.num_layers, stored)
     bindings = layouts.llama_bindings(config)
     _check(directory, "LLaMA's layout", bindings, stored)
     with torch.device("meta"):
@@ -72,6 +75,22 @@ def load_llama(
     _fill(nn.ModuleDict({"language": language, "lm_head": head}), bindings, stored, dtype, device)
     language.lay_side_by_side()
     return language.eval(), head
+
+
+def _floating(caller: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype that may be given by its name."""
+    named = {str(known).removeprefix("torch."): known for known in DTYPES.values()}
+    found = named.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in named.values():
+        raise ValueError(f"{caller}: dtype {dtype!r} is none of {', '.join(named)}.")
+    return found
+
+
+def _check_layers(directory: Path, num_layers: int, stored: dict[str, StoredTensor]) -> None:
+    """Of any number of layers a list would be made to compare the weights with."""
+    if num_layers > len(stored):
+        given = f"config.json describes {num_layers} layers"
+        raise ValueError(f"{directory}: the weights do not fit: {given}, and there are {len(stored)} tensors in all.")
 
 
 def _stored(directory: Path) -> dict[str, StoredTensor]:

@@ -21,8 +21,9 @@ def replacing_directory(directory: str | Path, replaced: tuple[str, ...] = ()) -
     """A fresh directory to write into, which takes the place of `directory` when the block ends without an error.
 
     What `directory` already holds is kept, except for the names that the block wrote and the patterns in `replaced`.
-    After an error in the block it is as it was. Interrupted later, by Ctrl-C or an error, it has the old content or the
-    new one, whole. Nothing is left beside it.
+    Every file written may be read by whom the umask allows: safetensors would allow its owner alone. After an error in
+    the block `directory` is as it was. Interrupted later, by Ctrl-C or an error, it has the old content or the new one,
+    whole. Nothing is left beside it.
 
     Linux exchanges the two in one step, on the filesystems that can. Elsewhere they are renamed one after the other:
     for that moment there is no `directory`, and a process that is killed in it leaves the old content beside its
@@ -39,7 +40,11 @@ def replacing_directory(directory: str | Path, replaced: tuple[str, ...] = ()) -
     fresh = _beside(target, "incomplete")
     try:
         fresh.mkdir()
+        allowed = stat.S_IMODE(fresh.stat().st_mode) & 0o666  # what the umask leaves of a file's mode
         yield fresh
+        for written in fresh.rglob("*"):
+            if written.is_file() and not written.is_symlink():
+                written.chmod(stat.S_IMODE(written.stat().st_mode) | allowed)
         if target.exists():
             _keep_the_rest(target, fresh, replaced)
         for path in (*fresh.rglob("*"), fresh):

@@ -1,6 +1,7 @@
 """Model -> config.json and safetensors, in either public layout."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from vlcore import layouts
 from vlcore.checkpoint.replacing import replacing_directory
 from vlcore.layouts import Binding, files
 from vlcore.models import DeepSeekVL, quantized_name
+from vlcore.models.deepseek_vl import unwrapped
 
 
 def save_pretrained(
-    model: DeepSeekVL, directory: str | Path, *, layout: str = "transformers", max_shard_size: float = 5e9
+    model: DeepSeekVL, directory: str | Path, *, layout: str = "transformers", max_shard_size: float | str = 5e9
 ) -> None:
     """Write config.json and the weights, in the dtypes they have, so that the public code or transformers reads them.
 
@@ -24,15 +26,19 @@ def save_pretrained(
     Weights that were read and never applied go back unchanged into the layout they came from.
 
     Args:
+        model: torch.compile's wrapper or not.
         directory: made if it is not there, parents included.
         layout: "transformers" or "original".
-        max_shard_size: bytes of weights a file; with more, there are several and an index.
+        max_shard_size: bytes of weights a file, or a text such as "5GB" or "512MiB"; with more, there are several and
+            an index.
 
     Raises:
-        ValueError: a layout that is none of the two, or a model that is quantised.
+        ValueError: a layout that is none of the two, another module than a DeepSeekVL, a model that is quantised, or a
+            max_shard_size that is no size.
         OSError: the disk is full or not writable; what was there before is untouched.
     """
-    table = layouts.bindings(model.config, layout)
+    model = unwrapped("save_pretrained", model)
+    table, most_bytes = layouts.bindings(model.config, layout), _bytes(max_shard_size)
     if name := quantized_name(model):
         raise ValueError(
             f"save_pretrained: {name} holds integers, and neither layout has a place for them; save the model before "
@@ -51,9 +57,19 @@ def save_pretrained(
     with replacing_directory(directory, replaced=("config.json", "*.safetensors", files.INDEX)) as fresh:
         try:
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            _write_shards(fresh, _tensors(model, table, homeless), max_shard_size)
+            _write_shards(fresh, _tensors(model, table, homeless), most_bytes)
         except (OSError, SafetensorError) as error:
             raise OSError(f"The model could not be written to {directory}, which is as it was: {error}") from error
+
+
+def _bytes(size: float | str) -> float:
+    """A size that may be given with its unit, as transformers takes it: of 1000 or, with an i, 1024."""
+    number: object = size
+    if isinstance(size, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(I?)B", size.upper())):
+        number = float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+        raise ValueError(f"save_pretrained: max_shard_size {size!r} is neither a positive number nor such as '5GB'.")
+    return number
 
 
 def _tensors(model: DeepSeekVL, table: list[Binding], homeless: list[str]) -> dict[str, Tensor]:

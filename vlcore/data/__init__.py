@@ -5,7 +5,7 @@ from vlcore.data.documents import JsonlDocuments, JsonlText
 from vlcore.data.encode import Encoder
 from vlcore.data.loader import Loader, Portion, Rejection
 from vlcore.data.mixture import Augment, Entry, Mixture
-from vlcore.data.sample import BadSample, Modality, Sample, Source
+from vlcore.data.sample import BadSample, Modality, Overlong, Sample, Source
 from vlcore.data.sampler import Draw, Sampler
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Loader",
     "Mixture",
     "Modality",
+    "Overlong",
     "Portion",
     "Rejection",
     "Sample",

@@ -69,6 +69,10 @@ class JsonlConversations:
             raise BadSample(error.reason, sample_id) from None
         return Sample(id=sample_id, modality=self.modality, conversation=conversation)
 
+    def fingerprint(self) -> str:
+        """Of the file's rows; images are not looked at."""
+        return self.rows.digest
+
 
 def _has_images(raw: str | bytes) -> bool | None:
     """Whether a row names an image; None where it is not a JSON object."""

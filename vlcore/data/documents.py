@@ -37,6 +37,10 @@ class JsonlText:
             raise BadSample(f"{self.field!r} is {_shown(text)}; a document needs text there.", sample_id)
         return Sample(id=sample_id, modality=self.modality, document=[text])
 
+    def fingerprint(self) -> str:
+        """Of the file's rows, and of which key is read."""
+        return f"{self.rows.digest} {self.field}"
+
 
 class JsonlDocuments:
     """Rows `{"parts": [{"text": "..."} | {"image": "path"}, ...], "id": optional}`: captions, pages, interleaved text.
@@ -69,6 +73,10 @@ class JsonlDocuments:
         except BadSample as error:
             raise BadSample(error.reason, sample_id) from None
         return Sample(id=sample_id, modality=self.modality, document=parts)
+
+    def fingerprint(self) -> str:
+        """Of the file's rows; images are not looked at."""
+        return self.rows.digest
 
     def _parts(self, row: dict[str, Any]) -> list[str | Path]:
         parts = row.get("parts")

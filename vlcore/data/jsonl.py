@@ -1,8 +1,10 @@
 """Rows of a JSON or JSON Lines file by number, without holding them all as Python objects."""
 
+import hashlib
 import json
 import re
 from array import array
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from vlcore.data.sample import BadSample
 
+CHUNK = 2**20
 # What decides where an item of an array ends: brackets, and strings, in which brackets mean nothing.
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
@@ -34,6 +37,15 @@ class JsonRows:
 
     def __len__(self) -> int:
         return len(self._spans)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the file."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while block := file.read(CHUNK):
+                digest.update(block)
+        return digest.hexdigest()
 
     def name(self, index: int) -> str:
         """How messages call a row that has no id of its own: the file and the row, counted from 1."""

@@ -1,5 +1,6 @@
 """Batches of a stage, step by step: drawn, encoded and collated, in worker processes where asked."""
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlcore.data.encode import Encoder
 from vlcore.data.mixture import Augment
-from vlcore.data.sample import BadSample
+from vlcore.data.sample import BadSample, Overlong, Sample, Source
 from vlcore.data.sampler import Draw, Sampler
 from vlcore.processing import Batch, Encoded, collate, pack
 
 # Bad samples in a row at one place of a batch, after which the source counts as broken.
 MAX_ATTEMPTS = 20
+# The same for samples that are too long: where nine of ten are, one place of a billion meets as many.
+MAX_OVERLONG = 200
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Rejection:
 
 @dataclass
 class Portion:
-    """What one rank's step is worked off in: the samples of one micro-batch.
+    """What a step is worked off in: the samples of one micro-batch.
 
     Attributes:
         step: the global step.
@@ -40,8 +43,9 @@ class Portion:
         modality: of the whole step: "text", "multimodal" or "mixed".
         batches: one; when packing, more where the samples exceed the micro-batch's tokens.
         samples, tokens: drawn, by source. Tokens count images' tokens, not padding.
-        cut_tokens: cut off the ends of documents that were too long.
-        rejections: bad samples met on the way.
+        cut_tokens: cut off the ends of documents and conversations that were too long.
+        rejections: bad samples met on the way, and those that were too long.
+        overlong_samples: how many of the rejections are the latter.
         failure: why no batch could be made, or None.
     """
 
@@ -53,6 +57,7 @@ class Portion:
     tokens: Counter[str] = field(default_factory=Counter)
     cut_tokens: int = 0
     rejections: list[Rejection] = field(default_factory=list)
+    overlong_samples: int = 0
     failure: str | None = None
 
     def pin_memory(self) -> "Portion":
@@ -90,7 +95,7 @@ class Loader:
         """The portions of the steps from `start` on, in order."""
         workers: dict[str, Any] = {"num_workers": self._num_workers}
         if self._num_workers:
-            workers["prefetch_factor"] = 4
+            workers |= {"prefetch_factor": 4, "worker_init_fn": _ignore_signals}
         # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
         yield from DataLoader(
             self._portions,
@@ -133,18 +138,23 @@ class _Portions(Dataset):
         """The sample drawn, or the first good one of its replacements, with its id."""
         entry = self.sampler.mixture.entries[draw.entry]
         name = entry.source.name
-        augment = None
-        for attempt in range(MAX_ATTEMPTS):
+        augment, bad = None, 0
+        for attempt in range(MAX_OVERLONG):
             chosen = draw if attempt == 0 else self.sampler.replacement(draw, attempt)
             if entry.augment is not None:
-                augment = partial(_augmented, change=entry.augment, generator=self.sampler.augmentation(draw))
+                augment = partial(_augmented, change=entry.augment, generator=self.sampler.augmentation(draw, attempt))
             sample_id = f"{name}[{chosen.index}]"
             try:
-                sample = entry.source[chosen.index]
+                sample = _sample(entry.source, chosen.index)
                 sample_id = sample.id
                 encoded, cut = self.encoder(sample, augment)
             except BadSample as error:
                 portion.rejections.append(Rejection(name, error.sample_id or sample_id, error.reason))
+                is_overlong = isinstance(error, Overlong)
+                portion.overlong_samples += is_overlong
+                bad += not is_overlong
+                if bad == MAX_ATTEMPTS:
+                    break
                 continue
             portion.samples[name] += 1
             portion.tokens[name] += len(encoded.input_ids)
@@ -152,8 +162,8 @@ class _Portions(Dataset):
             return f"{name}/{sample_id}", encoded
         last = portion.rejections[-1]
         portion.failure = (
-            f"{MAX_ATTEMPTS} samples in a row drawn from {name!r} are bad; of the last one, {last.sample_id!r}: "
-            f"{last.reason}"
+            f"{attempt + 1} samples in a row drawn from {name!r} are {'bad' if bad else 'too long'}; of the last one, "
+            f"{last.sample_id!r}: {last.reason}"
         )
         return None
 
@@ -163,8 +173,25 @@ class _Portions(Dataset):
         return make(samples, self.encoder.processor, length=length, sample_ids=sample_ids)
 
 
+def _sample(source: Source, index: int) -> Sample:
+    try:
+        return source[index]
+    except BadSample:
+        raise
+    except Exception as error:  # which may look like a user's error in the configuration
+        raise RuntimeError(
+            f"The source {source.name!r} failed at [{index}]: {type(error).__name__}: {error}"
+        ) from error
+
+
 def _augmented(image: Image.Image, *, change: Augment, generator: np.random.Generator) -> Image.Image:
     return change(image, generator)
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach workers too; but they are needed until whoever reads from them stops."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(portion: Any) -> Any:

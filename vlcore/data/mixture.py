@@ -20,7 +20,7 @@ class Entry:
         source: what is drawn from.
         weight: share of the samples drawn, relative to the other entries; the paper counts in percent.
         augment: changes each image drawn, given a generator that depends on the seed, the step and the place in the
-            batch alone. It must be picklable where worker processes are spawned.
+            batch alone. A sample at which it fails is bad. It must be picklable where worker processes are spawned.
     """
 
     source: Source

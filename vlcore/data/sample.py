@@ -21,6 +21,10 @@ class BadSample(ValueError):
         self.sample_id = sample_id
 
 
+class Overlong(BadSample):
+    """A sample with more tokens than a sequence has. Nothing is wrong with it: it is skipped and counted apart."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One document or one conversation.
@@ -47,6 +51,8 @@ class Source(Protocol):
     """A map-style collection of samples; `source[i]` raises BadSample where the i-th cannot be used.
 
     With worker processes a source travels to them by pickling or forking, so it should hold paths and not open files.
+    It may also have `fingerprint() -> str`, which tells its rows from others: with it, a run that is resumed notices
+    where they were changed.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Which samples a step draws, as a pure function of the seed and the step: to resume is to know one integer.
 
-Three things are decided in closed form, so nothing has to be replayed and every rank agrees without talking:
+Three things are decided in closed form, so nothing has to be replayed, and processes that shared a step's draws would
+agree on them without talking (the trainer is one process today):
 
 * the step's modality: one number a step from a counter-based generator, compared with the text share of that step;
 * a draw's entry: draws of one modality are numbered, and draw n goes to the first entry with weight w (relative to
@@ -37,14 +38,14 @@ class Sampler:
     Args:
         mixture: what is drawn from.
         steps: global steps of the stage.
-        samples_per_step: draws of one global step, over all ranks.
+        samples_per_step: draws of one global step.
         seed: of the run.
         stage: tells apart the stages of a run, which draw independently.
         text_ratio: share of text, by steps when grouping and by samples otherwise; None takes it from the weights.
         modality_warmup: fraction of the steps over which the share of text falls linearly from 1 to its ratio.
         grouping: every global step is all text or all multimodal.
-        rank, world: this process takes the rank-th of `world` equal shares of each step's draws. The draws of a step
-            do not depend on them.
+        rank, world: only the rank-th of `world` equal shares of each step's draws is taken. The draws of a step do not
+            depend on them. The trainer takes all.
 
     Raises:
         ValueError: a share is asked of a modality of which the mixture has no source, or a number is out of range.
@@ -117,9 +118,9 @@ class Sampler:
         generator = self._generator(_REPLACEMENT, draw.step, draw.slot, attempt)
         return replace(draw, index=int(generator.integers(size)))
 
-    def augmentation(self, draw: Draw) -> np.random.Generator:
-        """The generator for this draw's augmentation."""
-        return self._generator(_AUGMENT, draw.step, draw.slot)
+    def augmentation(self, draw: Draw, attempt: int = 0) -> np.random.Generator:
+        """The generator for the augmentation of this draw, or of its replacement."""
+        return self._generator(_AUGMENT, draw.step, draw.slot, attempt)
 
     def _index(self, entry: int, position: int) -> int:
         epoch, offset = divmod(position, len(self.mixture.entries[entry].source))

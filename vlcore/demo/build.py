@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -99,14 +98,12 @@ def build(
     root = Path(directory) / f"set-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not root.is_dir():
         root.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=root.parent, prefix=".build-"))
-        try:
-            counts = _build(by_name, staging, config, sizes, seed)
-            (staging / "counts.json").write_text(json.dumps(counts, indent=1))
-            staging.chmod(0o755)
-            staging.rename(root)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=".build-") as staging:
+            whole = Path(staging) / "whole"  # whose mode, unlike that of a temporary folder, is the umask's
+            whole.mkdir()
+            counts = _build(by_name, whole, config, sizes, seed)
+            (whole / "counts.json").write_text(json.dumps(counts, indent=1))
+            whole.rename(root)
     return DataSet(root, json.loads((root / "counts.json").read_text()))
 
 

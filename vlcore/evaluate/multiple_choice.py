@@ -61,7 +61,8 @@ def score_options(
         One score an option.
 
     Raises:
-        ValueError: the conversation does not end with the user's turn, or an option is empty.
+        ValueError: the conversation does not end with the user's turn, an option is empty, or prompt and option need
+            more positions than the model has.
         ImageError: an image cannot be used.
     """
     return score_many(model, processor, [(conversation, options)], with_eos=with_eos)[0]
@@ -90,6 +91,8 @@ def score_many(
     """
     answers = _Answers(processor, with_eos)
     encoded = [answers.question(conversation, options) for conversation, options in questions]
+    for number, (prompt, options) in enumerate(encoded):
+        _check_length(model, number, len(prompt), max(map(len, options)))
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, (prompt, _) in enumerate(encoded):
         by_length[len(prompt)].append(index)
@@ -183,6 +186,16 @@ class _Answers:
                 raise ValueError(f"An option is empty: {text!r}.")
             self._known[text] = ids if self.with_eos else ids[:-1]
         return self._known[text]
+
+
+def _check_length(model: DeepSeekVL, number: int, prompt: int, option: int) -> None:
+    """Of a question's prompt and its longest option, of which the last token is not read."""
+    longest = model.config.language.max_positions
+    if prompt + option - 1 > longest:
+        raise ValueError(
+            f"Question {number} cannot be scored: its prompt of {prompt} tokens and its longest option of {option} "
+            f"need {prompt + option - 1} positions, and the model has {longest}."
+        )
 
 
 def _groups(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:

@@ -26,8 +26,9 @@ class Fields:
         return value
 
     def section(self, name: str) -> "Fields":
-        """The object that a field holds; an empty one where it is missing."""
-        value = self.raw.get(name) or {}
+        """The object that a field holds; an empty one where it is missing or null."""
+        value = self.raw.get(name)
+        value = {} if value is None else value
         if not isinstance(value, dict):
             raise ValueError(f"{self.where}: {name} is {value!r}; it should be an object.")
         return Fields(value, f"{self.where}: {name}")
@@ -35,8 +36,9 @@ class Fields:
     def require(self, name: str, wanted: Any, default: Any) -> None:
         """Refuse any value of a field but the one that this package computes; missing or null, it is `default`."""
         value = self.raw.get(name)
-        if (value := default if value is None else value) != wanted:
-            raise ValueError(f"{self.where}: {name} is {value!r}; this package computes {wanted!r} only.")
+        given = f"is left out, which stands for {default!r}" if value is None else f"is {value!r}"
+        if (default if value is None else value) != wanted:
+            raise ValueError(f"{self.where}: {name} {given}; this package computes {wanted!r} only.")
 
     def side(self, name: str, default: int) -> int:
         """A length that may be written as a pair of equal ones."""

@@ -23,6 +23,10 @@ ARCHITECTURES = {"hybrid": "DeepseekVLHybridForConditionalGeneration", "mlp_gelu
 def from_transformers(fields: Fields) -> VLConfig:
     kinds = {name: kind for kind, name in MODEL_TYPES.items()}
     adaptor = kinds[fields.raw["model_type"]]
+    parts = ("text_config", "vision_config", *(() if adaptor == "mlp_gelu" else ("high_res_vision_config",)))
+    if missing := [part for part in parts if fields.raw.get(part) is None]:
+        given = fields.raw["model_type"]
+        raise ValueError(f"{fields.where}: there is no {' and no '.join(missing)}, which a {given!r} is made of.")
     text = fields.section("text_config")
     siglip = _siglip_from_dict(fields.section("vision_config"))
     sam = None if adaptor == "mlp_gelu" else _sam_from_dict(fields.section("high_res_vision_config"))

@@ -13,6 +13,8 @@ from vlcore.models.layers import Linear
 from vlcore.models.llama import Llama, Memory
 from vlcore.models.packing import IGNORED, pack, restarting_positions, shifted_labels, unpack
 from vlcore.models.vision import TowerFeatures, Vision
+from vlcore.ops.checks import INTEGER
+from vlcore.ops.dispatch import has_values
 
 
 class VLOutput(NamedTuple):
@@ -142,11 +144,16 @@ class DeepSeekVL(nn.Module):
             loss_reduction: "mean" over the supervised tokens, or "sum".
 
         Raises:
-            ValueError: placeholders and images do not match; labels, positions or an attention_mask of another shape
-                than input_ids; labels that supervise nothing under "mean" (not checked in a compiled graph); an
-                attention_mask together with cu_seqlens or memory; a memory without positions.
+            ValueError: input_ids of another shape or dtype; placeholders and images do not match; labels, positions or
+                an attention_mask of another shape than input_ids; labels that supervise nothing under "mean" (not
+                checked in a compiled graph); an attention_mask together with cu_seqlens or memory; a memory without
+                positions.
             RuntimeError: in a compiled graph, placeholders and images do not match.
         """
+        if input_ids.ndim != 2 or input_ids.dtype not in INTEGER:
+            raise ValueError(
+                f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}; they need to be (B, T) integers."
+            )
         for name, tensor in (("labels", labels), ("positions", positions), ("attention_mask", attention_mask)):
             if tensor is not None and tensor.shape != input_ids.shape:
                 raise ValueError(
@@ -212,7 +219,7 @@ class DeepSeekVL(nn.Module):
 
     def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         # What depends on the values cannot be checked in a compiled graph.
-        if reduction == "mean" and not torch.compiler.is_compiling() and not (targets != IGNORED).any():
+        if reduction == "mean" and has_values(targets) and not (targets != IGNORED).any():
             raise ValueError(
                 f"All {targets.numel()} labels are masked ({IGNORED}), so there is no mean loss: nothing is supervised."
             )
@@ -229,11 +236,11 @@ class DeepSeekVL(nn.Module):
             )
 
     def _check_placeholders(self, is_image: Tensor, num_images: int) -> None:
-        if is_image.is_meta:
-            return
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not is_image.is_meta:
             matches = is_image.sum() == num_images * self.config.num_image_tokens
             torch._assert_async(matches, "input_ids do not hold as many image placeholders as the images need.")
+            return
+        if not has_values(is_image):
             return
         needed, found = num_images * self.config.num_image_tokens, int(is_image.sum())
         if found != needed:
@@ -241,3 +248,15 @@ class DeepSeekVL(nn.Module):
                 f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but "
                 f"{num_images} images need {needed}, {self.config.num_image_tokens} each."
             )
+
+
+def unwrapped(caller: str, model: nn.Module) -> DeepSeekVL:
+    """The model that torch.compile was given, or that stands for itself.
+
+    Raises:
+        ValueError: another module, whose parts are not where `caller` looks for them.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, DeepSeekVL):
+        raise ValueError(f"{caller}: it takes a DeepSeekVL, and this is a {type(model).__name__}.")
+    return model

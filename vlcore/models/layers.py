@@ -67,7 +67,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual (..., N) -> (norm(x + residual), x + residual), of x's dtype; no residual counts as zero."""
-        weight = self.weight.to(x.dtype)
+        # Under autocast a sublayer's result is narrower than the stream.
+        weight = self.weight.to(x.dtype if residual is None else residual.dtype)
         if residual is None:
             return ops.rms_norm(x, weight, self.eps), x
         return ops.add_rms_norm(x, residual, weight, self.eps)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vlcore import ops
-from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.models.deepseek_vl import DeepSeekVL, unwrapped
 from vlcore.models.layers import Linear
 from vlcore.native import prefer_huge_pages
 
@@ -54,15 +54,16 @@ def quantize(model: DeepSeekVL, bits: int = 8, group_size: int | None = None, *,
     is no way back, nor a layout on disk: quantise what `from_pretrained` gives.
 
     Args:
-        model: whose weights are finite. It computes in the dtype that it did.
+        model: whose weights are finite, torch.compile's wrapper or not. It computes in the dtype that it did.
         bits: 8 or 4.
         group_size: 32, 64 or 128 neighbouring inputs share a scale; None: all of a row do.
         lm_head: quantise the head too. One that shares the embedding's weight gets a weight of its own.
 
     Raises:
-        ValueError: the model is quantised already, or bits and group_size are not as above or do not fit its layers;
-            the model is as it was.
+        ValueError: another module than a DeepSeekVL, one that is quantised already, or bits and group_size are not as
+            above or do not fit its layers; the model is as it was.
     """
+    model = unwrapped("quantize", model)
     if first := quantized_name(model):
         raise ValueError(f"quantize: the model is quantised already: {first} holds integers.")
     if bits not in (8, 4):

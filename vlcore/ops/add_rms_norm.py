@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
 from vlcore.ops.rms_norm import rms_norm, rms_norm_reference
 
@@ -30,12 +30,16 @@ def add_rms_norm(
 
     Returns:
         rms_norm(x + residual) and x + residual, both (..., N) of x's dtype. What is normalised is the sum as rounded
-        to that dtype; the mean square is computed in float32.
+        to that dtype; the mean square is computed in float32. Under torch.autocast inputs of several dtypes are brought
+        to the widest.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    chosen = _chosen(x, residual, weight, backend)
+    if autocast.is_on(x):
+        widest = autocast.widest(x, residual, weight)
+        return autocast.run(add_rms_norm, widest, x, residual, weight, eps, backend=backend)
+    chosen = _chosen(x, residual, weight, eps, backend)
     if chosen == TORCH:
         total = x + residual
         return rms_norm(total, weight, eps, backend=backend), total
@@ -43,10 +47,12 @@ def add_rms_norm(
 
 
 @remembered
-def _chosen(x: Tensor, residual: Tensor, weight: Tensor, backend: str) -> str:
+def _chosen(x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str) -> str:
     checks.alike("add_rms_norm", x=x, residual=residual, weight=weight)
     checks.shape("add_rms_norm", "residual", residual, x.shape, "x", x)
     checks.shape("add_rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    checks.rows("add_rms_norm", "x", x)
+    checks.number("add_rms_norm", "eps", eps)
     return choose("add_rms_norm", KERNELS, backend, x, residual, weight)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -15,6 +15,9 @@ from vlcore.ops.dispatch import (
     choose,
     define,
     gradients,
+    has_values,
+    is_transformed,
+    known,
     once_differentiable,
     remembered,
     statistics,
@@ -119,11 +122,15 @@ def attention(
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (B, Tq, Hq, D), of q's dtype. The softmax is computed in float32.
+        (B, Tq, Hq, D), of q's dtype. The softmax is computed in float32. Under torch.autocast q, k and v are cast to
+        its dtype.
 
     Raises:
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(q):
+        options = {"causal": causal, "cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
+        return autocast.run(attention, autocast.low(q), q, k, v, **options)
     backend = _chosen(q, k, v, causal, cu_seqlens, scale, backend)
     arguments = (q, k, v, causal, cu_seqlens, checks.scale(scale, q))
     if backend == TORCH and may_split(cu_seqlens):
@@ -134,25 +141,28 @@ def attention(
 @remembered
 def _chosen(q, k, v, causal, cu_seqlens, scale, backend) -> str:
     check("attention", q, k, v, cu_seqlens)
-    checks.number("attention", "scale", scale)
+    checks.flag("attention", "causal", causal)
+    if scale is not None:
+        checks.number("attention", "scale", scale)
     scale = checks.scale(scale, q)
     return choose("attention", KERNELS, backend, q, k, v, causal, cu_seqlens, scale)
 
 
 def check(operator: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     """What holds for every operator that attends; the values of cu_seqlens are looked at by what runs it."""
-    if not q.ndim == k.ndim == v.ndim == 4:
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            checks.rank(operator, name, tensor, "B T H D")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.rank(operator, name, tensor, "B T H D")
     checks.alike(operator, q=q, k=k, v=v)
     (batch, queries, _, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
     checks.shape(operator, "k", k, (batch, keys, kv_heads, head_dim), "q", q)
     checks.shape(operator, "v", v, k.shape, "k", k)
     checks.heads(operator, q, k)
+    checks.head_dim(operator, "q", q)
     if keys < queries:
         raise ValueError(f"{operator}: {queries} queries stand at the end of {keys} keys: too few keys.")
     if cu_seqlens is None:
         return
+    checks.present(operator, "cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
         given = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"{operator}: cu_seqlens is {given}; it needs to be (num_sequences + 1,) torch.int32.")
@@ -163,7 +173,7 @@ def check(operator: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | N
 
 def may_split(cu_seqlens: Tensor | None) -> bool:
     """A graph cannot depend on the lengths of packed sequences: in it, they stay inside the torch op."""
-    return cu_seqlens is None or not torch.compiler.is_compiling()
+    return cu_seqlens is None or has_values(cu_seqlens) or is_transformed()
 
 
 class Attention(torch.autograd.Function):
@@ -225,7 +235,7 @@ def cpp_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:
 def _cpp_worthwhile(q, k, v, causal, cu_seqlens, scale) -> bool:
     """Where a call is not over before it has begun: torch's own attention costs less to call."""
     least = 1 << 22 if q.dtype == torch.float32 else 1 << 18
-    return q.numel() * k.shape[1] >= least
+    return known(q.numel() * k.shape[1] >= least)
 
 
 def triton_refusals(q, k, v, causal, cu_seqlens, scale) -> list[str]:

@@ -3,18 +3,32 @@
 import torch
 from torch import Tensor
 
+from vlcore.ops.dispatch import has_values
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
 
+def present(operator: str, name: str, value: object) -> None:
+    """A tensor, not None nor a list that could become one."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be a tensor.")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"{value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
+
+
 def rank(operator: str, name: str, tensor: Tensor, dims: str) -> None:
     """`dims` names the dimensions, one word each: "B T H D"."""
+    present(operator, name, tensor)
     if tensor.ndim != dims.count(" ") + 1:
         raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}; it needs to be ({dims.replace(' ', ', ')}).")
 
 
 def shape(operator: str, name: str, tensor: Tensor, expected: tuple, other_name: str, other: Tensor) -> None:
     """`tensor` must be of the shape that `other` makes `expected`."""
+    present(operator, name, tensor)
     if tensor.shape != expected:
         needed = f"{other_name} {tuple(other.shape)} needs {tuple(expected)}"
         raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}; {needed}.")
@@ -26,6 +40,7 @@ def alike(operator: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        present(operator, name, tensor)
         if first is None:
             first_name, first, dtype, device = name, tensor, tensor.dtype, tensor.device
             if dtype not in FLOATING:
@@ -42,8 +57,15 @@ def on_device(operator: str, name: str, tensor: Tensor, other_name: str, other: 
 
 
 def integer(operator: str, name: str, tensor: Tensor) -> None:
+    present(operator, name, tensor)
     if tensor.dtype not in INTEGER:
         raise ValueError(f"{operator}: {name} is {tensor.dtype}; it needs to be one of {INTEGER}.")
+
+
+def rows(operator: str, name: str, tensor: Tensor) -> None:
+    """For what goes over the last dimension."""
+    if tensor.ndim == 0:
+        raise ValueError(f"{operator}: {name} is (); it needs to be (..., N).")
 
 
 def number(operator: str, name: str, value: object) -> None:
@@ -51,6 +73,24 @@ def number(operator: str, name: str, value: object) -> None:
     another."""
     if isinstance(value, Tensor):
         raise ValueError(f"{operator}: {name} is a tensor {tuple(value.shape)}; it needs to be a number.")
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be a number.")
+
+
+def whole(operator: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be a whole number.")
+
+
+def flag(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be True or False.")
+
+
+def head_dim(operator: str, name: str, tensor: Tensor) -> None:
+    """Scores of nothing have no scale."""
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}; heads need to hold something.")
 
 
 def scale(given: float | None, q: Tensor) -> float:
@@ -60,7 +100,7 @@ def scale(given: float | None, q: Tensor) -> float:
 
 def may_read(tensor: Tensor) -> bool:
     """Whether its values can be looked at without stopping a GPU or breaking a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def heads(operator: str, q: Tensor, k: Tensor) -> None:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.apply_rope import rope_tables, rotate
 from vlcore.ops.attention import MAX_HEAD_DIM
-from vlcore.ops.dispatch import AUTO, Kernel, choose, define, remembered
+from vlcore.ops.dispatch import AUTO, Kernel, choose, define, remembered, written
 
 
 def decode_attention_reference(
@@ -79,25 +79,32 @@ def decode_attention(
         backend: "auto", "torch", "cuda", "triton" or "cpp".
 
     Returns:
-        (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row.
+        (B, 1, Hq, D), of q's dtype: attention over the lengths[b] + 1 tokens of each row. Under torch.autocast q, k and
+        v are cast to the dtype of the caches, which are written to.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit, a gradient is asked for, or a backend that
             cannot run them.
     """
+    if autocast.is_on(q):
+        options = {"theta": theta, "scale": scale, "backend": backend}
+        arguments = (q, k, v, key_cache, value_cache, lengths)
+        return autocast.run(decode_attention, key_cache.dtype, *arguments, **options)
     checks.without_gradient("decode_attention", q, k, v, key_cache, value_cache)
     backend = _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
     checks.room("decode_attention", lengths, key_cache)
     scale = checks.scale(scale, q)
-    arguments = (q, k, v, key_cache, value_cache, lengths, theta, scale)
-    return decode_attention_forward(*arguments, backend)
+    out = decode_attention_forward(q, k, v, key_cache, value_cache, lengths, theta, scale, backend)
+    written(key_cache, value_cache)
+    return out
 
 
 @remembered
 def _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend) -> str:
     _check(q, k, v, key_cache, value_cache, lengths)
     checks.number("decode_attention", "theta", theta)
-    checks.number("decode_attention", "scale", scale)
+    if scale is not None:
+        checks.number("decode_attention", "scale", scale)
     scale = checks.scale(scale, q)
     return choose("decode_attention", KERNELS, backend, q, k, v, key_cache, value_cache, lengths, theta, scale)
 
@@ -115,6 +122,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tens
     checks.shape("decode_attention", "key_cache", key_cache, (batch, key_cache.shape[1], *k.shape[2:]), "k", k)
     checks.shape("decode_attention", "value_cache", value_cache, key_cache.shape, "key_cache", key_cache)
     checks.heads("decode_attention", q, k)
+    checks.head_dim("decode_attention", "q", q)
     checks.integer("decode_attention", "lengths", lengths)
     checks.shape("decode_attention", "lengths", lengths, (batch,), "q", q)
     checks.on_device("decode_attention", "lengths", lengths, "q", q)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vlcore import native
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.add_rms_norm import add_rms_norm
 from vlcore.ops.decode_attention import cache_refusals, decode_attention
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define
+from vlcore.ops.dispatch import AUTO, TORCH, Kernel, choose, define, known, written
 from vlcore.ops.linear import MAX_ROWS, linear
 from vlcore.ops.quantized_linear import QuantizedWeight, group_refusals, quantized_linear
 from vlcore.ops.rms_norm import rms_norm
@@ -141,13 +141,20 @@ def decode_block(
         backend: "auto", "torch", or "cpp", which takes up to 16 rows.
 
     Returns:
-        What the MLP gives, and the stream that it is to be added to: both (B, 1, D), of x's dtype.
+        What the MLP gives, and the stream that it is to be added to: both (B, 1, D), of x's dtype. Under torch.autocast
+        x and residual are cast to the dtype of the caches, and all is computed in it.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit, a gradient is asked for, or a backend that
             cannot run them.
     """
+    if autocast.is_on(x):
+        options = {"theta": theta, "eps": eps, "backend": backend}
+        arguments = (x, residual, weights, key_cache, value_cache, lengths)
+        return autocast.run(decode_block, key_cache.dtype, *arguments, **options)
     _check(x, residual, weights, key_cache, value_cache, lengths)
+    checks.number("decode_block", "theta", theta)
+    checks.number("decode_block", "eps", eps)
     forms = [_form(weight) for weight in weights[2:]]  # as short as an error that shows them should be
     chosen = choose("decode_block", KERNELS, backend, x, key_cache, value_cache, forms)
     if chosen == TORCH:
@@ -155,7 +162,10 @@ def decode_block(
     tensors = [weight.values if isinstance(weight, QuantizedWeight) else weight for weight in weights]
     scales = [weight.scales for weight in weights if isinstance(weight, QuantizedWeight)]
     bits = [bits for bits, *_ in forms]
-    return decode_block_forward(x, residual, tensors, scales, bits, key_cache, value_cache, lengths, theta, eps, chosen)
+    given = (x, residual, tensors, scales, bits, key_cache, value_cache, lengths, theta, eps)
+    y, total = decode_block_forward(*given, chosen)
+    written(key_cache, value_cache)
+    return y, total
 
 
 def _form(weight: Tensor | QuantizedWeight) -> tuple[int, int, int]:
@@ -201,11 +211,11 @@ def _check(
 
 
 def _cpp_refusals(x: Tensor, key_cache: Tensor, value_cache: Tensor, forms: list[tuple[int, int, int]]) -> list[str]:
-    reasons = {
-        f"{x.shape[0]} rows are more than {MAX_ROWS}": x.shape[0] > MAX_ROWS,
-        "q, k and v, and gate and up, must be quantised alike": len({*forms[:3]}) > 1 or forms[4] != forms[5],
-    }
-    refused = [reason for reason, applies in reasons.items() if applies]
+    refused = []
+    if not known(x.shape[0] <= MAX_ROWS):
+        refused.append(f"{x.shape[0]} rows are more than {MAX_ROWS}")
+    if len({*forms[:3]}) > 1 or forms[4] != forms[5]:
+        refused.append("q, k and v, and gate and up, must be quantised alike")
     refused += [reason for _, *sizes in dict.fromkeys(forms) for reason in group_refusals(*sizes)]
     return native.cpp_refusals(x) + cache_refusals(key_cache, value_cache) + refused
 

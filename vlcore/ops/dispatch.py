@@ -2,6 +2,9 @@
 
 An operator lists its kernels in order of preference; behind them all stands its torch reference, which runs
 anything. `choose` returns the first kernel that accepts the inputs, or the one that the caller asked for.
+
+Kernels have one gradient, of one incoming gradient or of a batch of them. Transforms of torch.func and forward-mode
+derivatives look into an operator, for which "auto" takes the reference, as create_graph=True has to ask for by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +13,12 @@ from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
+from torch.overrides import BaseTorchFunctionMode
 
 from vlcore import native
+from vlcore.ops import autocast
 
 TORCH = "torch"
 AUTO = "auto"
@@ -21,6 +27,7 @@ MAX_KNOWN = 4096
 
 _is_compiling = torch.compiler.is_compiling
 _is_traced = torch._C._is_tracing
+_increment_version = torch._C._increment_version
 _library = torch.library.Library("vlcore", "FRAGMENT")
 
 
@@ -36,7 +43,8 @@ class Kernel:
         forward, backward: called with the arguments of the operator's torch ops, less the backend. An operator that
             has no op for its backward has None there.
         refusals: takes the operator's arguments and returns why the kernel cannot run them: no reasons, it can.
-        worthwhile: takes the same, and says whether "auto" should take the kernel where it can run.
+        worthwhile: takes the same, and says whether "auto" should take the kernel where it can run; what it asks of
+            sizes is asked through `known`.
     """
 
     forward: Callable
@@ -53,6 +61,11 @@ def choose(operator: str, kernels: Mapping[str, Kernel], requested: str, *argume
     """
     if requested == TORCH:
         return TORCH
+    if is_transformed():
+        if requested != AUTO:
+            within = "within a transform of torch.func or a forward-mode derivative"
+            raise ValueError(f'{operator} cannot run on {requested!r} {within}: backend="torch" can.')
+        return TORCH
     if requested == AUTO:
         for name, kernel in kernels.items():
             if kernel.worthwhile(*arguments) and not kernel.refusals(*arguments):
@@ -66,6 +79,16 @@ def choose(operator: str, kernels: Mapping[str, Kernel], requested: str, *argume
     return requested
 
 
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds: in a graph, for all that it is made for. Where they are symbols, what "auto"
+    takes may not depend on them, or the graph would be of the sizes on one side of a limit only."""
+    if not (_is_compiling() or isinstance(condition, torch.SymBool)):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def remembered(decide: Callable[..., str]) -> Callable[..., str]:
     """`decide`, which checks arguments and chooses a backend for them, asked once for all that look alike.
 
@@ -77,7 +100,9 @@ def remembered(decide: Callable[..., str]) -> Callable[..., str]:
     @wraps(decide)
     def run(*arguments):
         # A graph that is being made keeps the answer by itself, and torch.jit.trace what it takes to give it.
-        kind = None if _is_compiling() or _is_traced() else native.signature(*arguments)
+        # In a transform (as is_transformed says, by a call more) a tensor looks like another one.
+        unseen = _is_compiling() or _is_traced() or _is_in_functorch() or _forward_ad._current_level >= 0
+        kind = None if unseen else native.signature(*arguments)
         if kind is None:
             return decide(*arguments)
         chosen = known.get(kind)
@@ -149,7 +174,20 @@ _is_plain = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None)}.issu
 # Modes, transforms of functorch, a graph that is traced.
 _in_dispatch_mode = torch._C._len_torch_dispatch_stack
 _in_function_mode = torch._C._len_torch_function_stack
-_is_transformed = torch._C._are_functorch_transforms_active
+# Incoming gradients that is_grads_batched=True or a vectorised jacobian hands over at once.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_in_functorch = torch._C._are_functorch_transforms_active
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation asks of what is called more than to compute."""
+    return _is_in_functorch() or _forward_ad._current_level >= 0
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at: it does not just stand for one in a graph, a mode or a transform."""
+    stands_in = _is_compiling() or _in_dispatch_mode() > 0 or _is_in_functorch() or not _is_plain((type(tensor),))
+    return not (stands_in or tensor.is_meta or _is_batched(tensor))
 
 
 def _is_watched(arguments: tuple) -> bool:
@@ -160,10 +198,17 @@ def _is_watched(arguments: tuple) -> bool:
         or arguments[0].is_meta
         or _in_dispatch_mode() > 0
         or _in_function_mode() > 0
-        or _is_transformed()
+        or _is_in_functorch()
         or _is_traced()
         or not _is_plain(map(type, arguments))
     )
+
+
+def written(*tensors: Tensor) -> None:
+    """Tell autograd that an operator has written to its arguments, which torch does not see where it is not watching;
+    a graph keeps count by itself."""
+    if not _is_compiling():
+        _increment_version(tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -185,15 +230,15 @@ def apply(function: type[torch.autograd.Function], *arguments):
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
-                if _is_compiling() or _is_transformed():
+                if _is_compiling() or _is_in_functorch():
                     return function.apply(*arguments)
                 # What torch does behind its preparations for functorch; whoever else watches sees the operators.
                 return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
     return function.forward(_Forgetful(), *arguments)
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """A backward that cannot be differentiated in its turn, and raises where that would be needed.
+def once_differentiable(backward: Callable, instead: str = 'backend="torch"') -> Callable:
+    """A backward that cannot be differentiated in its turn, and raises where that would be needed; `instead` can be.
 
     torch's decorator of this name raises only where the incoming gradient needs a gradient, and lets a wrong second
     derivative pass where the saved tensors do.
@@ -202,9 +247,19 @@ def once_differentiable(backward: Callable) -> Callable:
     @wraps(backward)
     def run(ctx, *grads):
         # A graph that is being compiled has no gradient of its gradients, as torch says itself.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if _is_compiling():
+            return backward(ctx, *grads)
+        if torch.is_grad_enabled():
             operator = backward.__qualname__.partition(".")[0]
-            raise RuntimeError(f"{operator} can be differentiated once, and create_graph=True asks for more.")
+            reason = "can be differentiated once, and create_graph=True asks for more"
+            raise RuntimeError(f"{operator} {reason}: {instead} can be again.")
+        if autocast.is_on(grads[0]):
+            with torch.autocast(grads[0].device.type, enabled=False):
+                return run(ctx, *grads)
+        # What torch batches it gives to one call after another, where it sees the operators.
+        if any(map(_is_batched, grads)):
+            with BaseTorchFunctionMode():
+                return backward(ctx, *grads)
         return backward(ctx, *grads)
 
     return run

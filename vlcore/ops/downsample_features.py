@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 
 
@@ -57,11 +57,18 @@ def downsample_features(
 
     Returns:
         (B, (size / 4)^2, C2), of detail's dtype, tokens row-major. The sum and the interpolation (bilinear,
-        align_corners=False) are computed in float32 and rounded once.
+        align_corners=False) are computed in float32 and rounded once. Under torch.autocast all but alpha are cast to
+        its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(detail):
+
+        def with_alpha(detail, skip, conv1_weight, conv2_weight):
+            return downsample_features(detail, skip, alpha, conv1_weight, conv2_weight, size, backend=backend)
+
+        return autocast.run(with_alpha, autocast.low(detail), detail, skip, conv1_weight, conv2_weight)
     _check(detail, skip, alpha, conv1_weight, conv2_weight, size)
     arguments = (detail, skip, None if skip is None else alpha, conv1_weight, conv2_weight, size)
     backend = choose("downsample_features", KERNELS, backend, *arguments)
@@ -86,6 +93,7 @@ def _check(detail, skip, alpha, conv1_weight, conv2_weight, size) -> None:
     checks.shape("downsample_features", "conv1_weight", conv1_weight, conv1_shape, "detail", detail)
     conv2_shape = (conv2_weight.shape[0], conv1_weight.shape[0], 3, 3)
     checks.shape("downsample_features", "conv2_weight", conv2_weight, conv2_shape, "conv1_weight", conv1_weight)
+    checks.whole("downsample_features", "size", size)
     if size < 4 or size % 4:
         raise ValueError(f"downsample_features: size {size} is not a multiple of 4, by which the convolutions divide.")
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks, products
+from vlcore.ops import autocast, checks, products
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable
 from vlcore.ops.linear import linear_backward, linear_forward, num_rows
 
@@ -51,12 +51,14 @@ def hybrid_adaptor(
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (..., T, D), of high's dtype.
+        (..., T, D), of high's dtype. Under torch.autocast all are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
     arguments = (high, low, high_weight, high_bias, low_weight, low_bias, out_weight, out_bias)
+    if autocast.is_on(high):
+        return autocast.run(hybrid_adaptor, autocast.low(high), *arguments, backend=backend)
     _check(*arguments)
     backend = choose("hybrid_adaptor", KERNELS, backend, *arguments)
     if backend == TORCH:

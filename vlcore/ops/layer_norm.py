@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -15,6 +15,7 @@ from vlcore.ops.dispatch import (
     choose,
     define,
     gradients,
+    known,
     once_differentiable,
     remembered,
     statistics,
@@ -36,22 +37,28 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, ba
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (..., N), of x's dtype. Mean and (biased) variance are computed in float32.
+        (..., N), of x's dtype. Mean and (biased) variance are computed in float32. Under torch.autocast inputs of
+        several dtypes are brought to the widest.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    backend = _chosen(x, weight, bias, backend)
+    if autocast.is_on(x):
+        widest = autocast.widest(x, weight, bias)
+        return autocast.run(layer_norm, widest, x, weight, bias, eps, backend=backend)
+    backend = _chosen(x, weight, bias, eps, backend)
     if backend == TORCH:
         return layer_norm_reference(x, weight, bias, eps)
     return apply(LayerNorm, x, weight, bias, eps, backend)
 
 
 @remembered
-def _chosen(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> str:
+def _chosen(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> str:
     checks.alike("layer_norm", x=x, weight=weight, bias=bias)
     checks.shape("layer_norm", "weight", weight, x.shape[-1:], "x", x)
     checks.shape("layer_norm", "bias", bias, x.shape[-1:], "x", x)
+    checks.rows("layer_norm", "x", x)
+    checks.number("layer_norm", "eps", eps)
     return choose("layer_norm", KERNELS, backend, x, weight, bias)
 
 
@@ -96,7 +103,7 @@ def _cpp_backward(grad_y, x, weight, kept, eps):
 
 def _cpp_worthwhile(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     # For a row or two, the call is the cost, and torch's own has less of it.
-    return x.numel() >= 2**14
+    return known(x.numel() >= 2**14)
 
 
 # In order of preference.

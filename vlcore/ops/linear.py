@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcore import native
-from vlcore.ops import checks, products
+from vlcore.ops import autocast, checks, products
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -17,6 +17,7 @@ from vlcore.ops.dispatch import (
     apply,
     choose,
     define,
+    known,
     needs_gradient,
     once_differentiable,
     remembered,
@@ -65,11 +66,17 @@ def linear(
         backend: "auto", "torch" or "cpp".
 
     Returns:
-        (..., N), of x's dtype. Products are summed in float32.
+        (..., N), of x's dtype. Products are summed in float32. Under torch.autocast x, weight and bias are cast to its
+        dtype, and the residual is added in the wider of the two.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, another activation, or a backend that cannot run them.
     """
+    if autocast.is_on(x):
+        y = autocast.run(linear, autocast.low(x), x, weight, bias, activation=activation, backend=backend)
+        if residual is not None:
+            checks.shape("linear", "residual", residual, y.shape, "the product", y)
+        return y if residual is None else y + residual
     arguments = (x, weight, bias, residual, activation)
     records = needs_gradient(x, weight, bias, residual)
     backend = _chosen(*arguments, backend, records)
@@ -134,13 +141,13 @@ def _cpp_refusals(x, weight, bias, residual=None, activation=None) -> list[str]:
 
 def _cpp_worthwhile(x, weight, bias, residual=None, activation=None) -> bool:
     recorded = needs_gradient(x, weight, bias, residual)
-    if num_rows(x) <= MAX_ROWS:
+    if known(num_rows(x) <= MAX_ROWS):
         return weight.is_contiguous() and not recorded
     # The products of the gradients are as deep as the outputs are many, and the rows.
     depth = max(weight.shape) if recorded else weight.shape[1]
     if not products.ours_are_faster(x.dtype, num_rows(x), weight.shape[0], depth):
         return False
-    return not recorded or num_rows(x) * weight.shape[0] * weight.shape[1] >= _BLOCKED_WORK
+    return not recorded or known(num_rows(x) * weight.shape[0] * weight.shape[1] >= _BLOCKED_WORK)
 
 
 def _cpp_forward(x: Tensor, weight: Tensor, bias, residual, activation) -> Tensor:

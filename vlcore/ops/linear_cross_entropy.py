@@ -6,7 +6,8 @@ date as attention does over blocks of keys: each product of a block is that of a
 "triton" goes over such blocks twice, for the softmax of all rows and for the gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,18 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks, products
-from vlcore.ops.dispatch import AUTO, Kernel, apply, choose, define, once_differentiable
+from vlcore.ops import autocast, checks, products
+from vlcore.ops.dispatch import (
+    AUTO,
+    Kernel,
+    apply,
+    choose,
+    define,
+    has_values,
+    is_transformed,
+    known,
+    once_differentiable,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits that are held at a time: 4 MiB of float32, which stay in a cache; but no fewer rows than a matrix product needs
@@ -60,14 +71,20 @@ def linear_cross_entropy(
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        A float32 scalar (float64 for float64), or (...) with 0 at ignored rows for "none".
+        A float32 scalar (float64 for float64), or (...) with 0 at ignored rows for "none". Under torch.autocast hidden
+        and weight are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit, an unknown reduction, or a backend that cannot
             run them.
     """
+    if autocast.is_on(hidden):
+        options = {"ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+        return autocast.run(linear_cross_entropy, autocast.low(hidden), hidden, weight, labels, **options)
     _check(hidden, weight, labels, ignore_index, reduction)
     backend = choose("linear_cross_entropy", KERNELS, backend, hidden, weight, labels)
+    if is_transformed():
+        return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, reduction)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     losses = apply(LinearCrossEntropy, rows, weight, flat, *needs, ignore_index, reduction, backend)
@@ -81,6 +98,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, re
     checks.rank("linear_cross_entropy", "weight", weight, "V D")
     checks.shape("linear_cross_entropy", "weight", weight, (weight.shape[0], *hidden.shape[-1:]), "hidden", hidden)
     checks.integer("linear_cross_entropy", "labels", labels)
+    checks.whole("linear_cross_entropy", "ignore_index", ignore_index)
     checks.shape("linear_cross_entropy", "labels", labels, hidden.shape[:-1], "hidden", hidden)
     checks.on_device("linear_cross_entropy", "labels", labels, "hidden", hidden)
     if checks.may_read(labels):
@@ -116,25 +134,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() if reduction == "sum" else losses.sum() / count
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, instead="F.cross_entropy of F.linear")
     def backward(ctx, grad_loss):
         if ctx.reduced:
-            # A head's gradient is large, and made twice only where this backward may be run again.
-            again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = ctx.saved_tensors
-            if not again and ctx.backend == "triton":
-                grads = [_scale(g, grad_loss) for g in grads]
-            elif again or not (checks.may_read(grad_loss) and grad_loss == 1):
-                # A loss scale may lie outside of a narrow dtype's range. Eager torch takes a number on the CPU as it
-                # is; elsewhere one dimension makes it widen the product.
-                scale = grad_loss if checks.may_read(grad_loss) else grad_loss.reshape(1)
-                grads = [torch.mul(g, scale, out=torch.empty_like(g) if again else g) for g in grads]
+            grads = _scaled(ctx.saved_tensors, grad_loss, ctx.backend)
         else:
             _, *grads = linear_cross_entropy_forward(
                 *ctx.saved_tensors, grad_loss.contiguous(), ctx.ignore_index, *ctx.needs, ctx.backend
             )
         grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)]
         return *grads, None, None, None, None, None, None
+
+
+def _scaled(grads: Sequence[Tensor], grad_loss: Tensor, backend: str) -> list[Tensor]:
+    """The gradients times that of the loss; in place, as a head's is large, unless this may be asked for again."""
+    may_read, is_compiling = checks.may_read(grad_loss), torch.compiler.is_compiling()
+    # A loss scale may lie outside of a narrow dtype's range. Eager torch takes a number on the CPU as it is; elsewhere
+    # one dimension makes it widen the product.
+    scale = grad_loss if may_read else grad_loss.reshape(1)
+    if not (is_compiling or has_values(grad_loss)):
+        # One of a batch cannot be told where to write.
+        return [(grad * scale).to(grad.dtype) for grad in grads]
+    if is_compiling or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [torch.mul(grad, scale, out=torch.empty_like(grad)) for grad in grads]
+    if backend == "triton":
+        return [_scale(grad, grad_loss) for grad in grads]
+    return list(grads) if may_read and grad_loss == 1 else [torch.mul(grad, scale, out=grad) for grad in grads]
 
 
 _scale = native.triton("linear_cross_entropy", "scale")
@@ -150,7 +175,7 @@ def _cpp_refusals(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
 
 def _cpp_worthwhile(hidden: Tensor, weight: Tensor, labels: Tensor) -> bool:
     # Fewer logits than these stay in a cache, and one product of them all costs fewer calls.
-    return labels.numel() * weight.shape[0] >= 2**20
+    return known(labels.numel() * weight.shape[0] >= 2**20)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vlcore import native
+from vlcore.ops.dispatch import known
 
 # Of the instructions in csrc/kernels.h: those with which ours are faster in any dtype; and AMX, with which they are of
 # whole tiles of bfloat16, and torch's are faster in float32, and where little is multiplied by what has to be packed or
@@ -15,7 +16,7 @@ _FEWEST_ROWS, _FEWEST_COLS, _LEAST_DEPTH = 256, 128, 384
 def ours_are_faster(dtype: torch.dtype, rows: int, cols: int, depth: int) -> bool:
     """Whether ours are the faster ones for (rows, depth) times (depth, cols)."""
     if native.level == _TILES:
-        is_large = rows >= _FEWEST_ROWS and cols >= _FEWEST_COLS and depth >= _LEAST_DEPTH
+        is_large = known(rows >= _FEWEST_ROWS) and known(cols >= _FEWEST_COLS) and known(depth >= _LEAST_DEPTH)
         return dtype == torch.bfloat16 and is_large
     return native.level == _DOTS
 

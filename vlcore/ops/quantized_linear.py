@@ -1,6 +1,7 @@
 """A linear layer whose weight is stored in 8 or 4 bits: weight = scale * integer, one scale a row or a group."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks, products
+from vlcore.ops import autocast, checks, products
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -16,6 +17,8 @@ from vlcore.ops.dispatch import (
     apply,
     choose,
     define,
+    is_transformed,
+    known,
     needs_gradient,
     once_differentiable,
     remembered,
@@ -36,6 +39,9 @@ class QuantizedWeight:
         bits: 8 or 4.
         group_size: inputs that share a scale; None: the whole row does.
         shape: (N, K).
+
+    Raises:
+        ValueError: the tensors are not what bits, group_size and shape need. Kernels read them without another look.
     """
 
     values: Tensor
@@ -44,9 +50,31 @@ class QuantizedWeight:
     group_size: int | None
     shape: tuple[int, int]
 
+    def __post_init__(self):
+        _check_weight(self.values, self.scales, self.bits, self.group_size, *self.shape)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (N, K) that is stood for, computed in float32 (float64 for float64) and rounded to `dtype`."""
         return _dequantize(self.values, self.scales, self.bits, self.shape[1], dtype)
+
+
+@remembered
+def _check_weight(values, scales, bits, group_size, num_outputs, num_inputs) -> str:
+    group_size = num_inputs if group_size is None else group_size
+    if bits not in (8, 4):
+        raise ValueError(f"QuantizedWeight: {bits} bits are neither 8 nor 4.")
+    if group_size < 1 or num_inputs % group_size:
+        raise ValueError(f"QuantizedWeight: groups of {group_size} do not divide the {num_inputs} inputs of a row.")
+    width, integers = (num_inputs, torch.int8) if bits == 8 else ((num_inputs + 1) // 2, torch.uint8)
+    for name, tensor, shape, dtype in (
+        ("values", values, (num_outputs, width), integers),
+        ("scales", scales, (num_outputs, num_inputs // group_size), torch.float32),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            needed = f"{bits} bits of {(num_outputs, num_inputs)} in groups of {group_size} need {shape} {dtype}"
+            raise ValueError(f"QuantizedWeight: {name} are {tuple(tensor.shape)} {tensor.dtype}; {needed}.")
+    checks.on_device("QuantizedWeight", "scales", scales, "values", values)
+    return "fits"
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: int | None = None) -> QuantizedWeight:
@@ -116,13 +144,19 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
             by the integers themselves, where the machine multiplies bytes, and dequantises the weight for more.
 
     Returns:
-        (..., N), of x's dtype.
+        (..., N), of x's dtype. Under torch.autocast x and bias are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if not isinstance(weight, QuantizedWeight):
+        raise ValueError(f"quantized_linear: weight is a {type(weight).__name__}; quantize_weight makes what it takes.")
+    if autocast.is_on(x):
+        return autocast.run(quantized_linear, autocast.low(x), x, weight, bias, backend=backend)
     arguments = (x, weight.values, weight.scales, bias, weight.bits)
     backend = _chosen(*arguments, *weight.shape, backend, needs_gradient(x, bias))
+    if is_transformed():
+        return quantized_linear_reference(x, weight, bias)
     return apply(QuantizedLinear, *arguments, backend)
 
 
@@ -150,7 +184,7 @@ class QuantizedLinear(torch.autograd.Function):
         return quantized_linear_forward(x, values, scales, bias, bits, backend)
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, instead="F.linear of weight.dequantize()")
     def backward(ctx, grad_y):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -178,8 +212,8 @@ def _cuda_refusals(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | Non
     if reasons := native.cuda_refusals(x):
         return reasons
     reasons = group_refusals(x.shape[-1], scales.shape[1])
-    if (rows := num_rows(x)) > MAX_ROWS:
-        reasons.append(f"it takes up to {MAX_ROWS} rows, and these are {rows}")
+    if not known(num_rows(x) <= MAX_ROWS):
+        reasons.append(f"it takes up to {MAX_ROWS} rows, and these are {num_rows(x)}")
     if x.shape[-1] % (128 // bits):
         reasons.append(f"{x.shape[-1]} inputs of {bits} bits are no multiple of 16 bytes")
     return reasons

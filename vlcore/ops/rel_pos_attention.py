@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -89,19 +89,23 @@ def rel_pos_attention(
 
     Returns:
         (B, H, Y * X, D), of q's dtype. Scores are scaled by D^-1/2, the position terms are not; both terms and the
-        softmax are float32.
+        softmax are float32. Under torch.autocast all are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    height, width = grid
+    if autocast.is_on(q):
+        return autocast.run(rel_pos_attention, autocast.low(q), q, k, v, rel_pos_h, rel_pos_w, grid, backend=backend)
+    height, width = _sides(grid)
     checks.rank("rel_pos_attention", "q", q, "B H Y*X D")
+    checks.head_dim("rel_pos_attention", "q", q)
     checks.alike("rel_pos_attention", q=q, k=k, v=v, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)
     if q.shape[2] != height * width:
         raise ValueError(f"rel_pos_attention: q has {q.shape[2]} tokens; a grid of {grid} has {height * width}.")
     checks.shape("rel_pos_attention", "k", k, q.shape, "q", q)
     checks.shape("rel_pos_attention", "v", v, q.shape, "q", q)
     for name, table, size in (("rel_pos_h", rel_pos_h, height), ("rel_pos_w", rel_pos_w, width)):
+        checks.present("rel_pos_attention", name, table)
         if table.shape != (2 * size - 1, q.shape[3]):
             needed = f"a grid of {grid} and heads of {q.shape[3]} need {(2 * size - 1, q.shape[3])}"
             raise ValueError(f"rel_pos_attention: {name} is {tuple(table.shape)}; {needed}.")
@@ -110,6 +114,14 @@ def rel_pos_attention(
     if backend == TORCH:
         return rel_pos_attention_reference(*arguments, grid)
     return apply(RelPosAttention, *arguments, height, width, backend)
+
+
+def _sides(grid: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"rel_pos_attention: grid is {grid!r}; it needs to be two whole numbers (Y, X).")
+    for name, side in zip(("grid's Y", "grid's X"), grid, strict=True):
+        checks.whole("rel_pos_attention", name, side)
+    return grid[0], grid[1]
 
 
 class RelPosAttention(torch.autograd.Function):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
 
 
@@ -26,21 +26,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = AUT
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (..., N), of x's dtype. The mean square is computed in float32.
+        (..., N), of x's dtype. The mean square is computed in float32. Under torch.autocast inputs of several dtypes
+        are brought to the widest.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
-    backend = _chosen(x, weight, backend)
+    if autocast.is_on(x):
+        return autocast.run(rms_norm, autocast.widest(x, weight), x, weight, eps, backend=backend)
+    backend = _chosen(x, weight, eps, backend)
     if backend == TORCH:
         return rms_norm_reference(x, weight, eps)
     return apply(RMSNorm, x, weight, eps, backend)
 
 
 @remembered
-def _chosen(x: Tensor, weight: Tensor, backend: str) -> str:
+def _chosen(x: Tensor, weight: Tensor, eps: float, backend: str) -> str:
     checks.alike("rms_norm", x=x, weight=weight)
     checks.shape("rms_norm", "weight", weight, x.shape[-1:], "x", x)
+    checks.rows("rms_norm", "x", x)
+    checks.number("rms_norm", "eps", eps)
     return choose("rms_norm", KERNELS, backend, x, weight)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.apply_rope import apply_rope, check_positions, rope_tables, rotate
 from vlcore.ops.attention import (
     attention_reference,
@@ -81,11 +81,15 @@ def rope_attention(
         backend: "auto", "torch", "triton", "cpp", or "xformers", a package that "auto" does not look for.
 
     Returns:
-        (B, Tq, Hq, D), of q's dtype. The rotation and the softmax are computed in float32.
+        (B, Tq, Hq, D), of q's dtype. The rotation and the softmax are computed in float32. Under torch.autocast q, k
+        and v are cast to its dtype.
 
     Raises:
         ValueError: shapes, dtypes, devices or sequence bounds that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(q):
+        options = {"theta": theta, "causal": causal, "cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
+        return autocast.run(rope_attention, autocast.low(q), q, k, v, positions, **options)
     backend = _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend)
     scale = checks.scale(scale, q)
     arguments = (q, k, v, positions, theta, causal, cu_seqlens, scale)
@@ -99,7 +103,9 @@ def _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend) -> st
     check("rope_attention", q, k, v, cu_seqlens)
     check_positions("rope_attention", positions, "k", k)
     checks.number("rope_attention", "theta", theta)
-    checks.number("rope_attention", "scale", scale)
+    checks.flag("rope_attention", "causal", causal)
+    if scale is not None:
+        checks.number("rope_attention", "scale", scale)
     scale = checks.scale(scale, q)
     return choose("rope_attention", KERNELS, backend, q, k, v, positions, theta, causal, cu_seqlens, scale)
 

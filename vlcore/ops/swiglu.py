@@ -6,8 +6,19 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
-from vlcore.ops.dispatch import AUTO, TORCH, Kernel, apply, choose, define, gradients, once_differentiable, remembered
+from vlcore.ops import autocast, checks
+from vlcore.ops.dispatch import (
+    AUTO,
+    TORCH,
+    Kernel,
+    apply,
+    choose,
+    define,
+    gradients,
+    known,
+    once_differentiable,
+    remembered,
+)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -24,11 +35,13 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = AUTO) -> Tensor:
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        Of gate's shape and dtype.
+        Of gate's shape and dtype. Under torch.autocast inputs of two dtypes are brought to the wider.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(gate):
+        return autocast.run(swiglu, autocast.widest(gate, up), gate, up, backend=backend)
     backend = _chosen(gate, up, backend)
     if backend == TORCH:
         return swiglu_reference(gate, up)
@@ -82,7 +95,7 @@ def _cpp_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 def _cpp_worthwhile(gate: Tensor, up: Tensor) -> bool:
     # For a row or two, the call is the cost, and torch's own has less of it.
-    return gate.numel() >= 2**14
+    return known(gate.numel() >= 2**14)
 
 
 # In order of preference.

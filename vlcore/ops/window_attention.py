@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlcore import native
 from vlcore.kernels import launch
-from vlcore.ops import checks
+from vlcore.ops import autocast, checks
 from vlcore.ops.dispatch import (
     AUTO,
     TORCH,
@@ -73,20 +73,26 @@ def window_attention(
         backend: "auto", "torch", "triton" or "cpp".
 
     Returns:
-        (B, Y, X, H * D), of qkv's dtype. Within a window as `rel_pos_attention`.
+        (B, Y, X, H * D), of qkv's dtype. Within a window as `rel_pos_attention`; under torch.autocast too.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run them.
     """
+    if autocast.is_on(qkv):
+        arguments = (qkv, qkv_bias, rel_pos_h, rel_pos_w, window)
+        return autocast.run(window_attention, autocast.low(qkv), *arguments, backend=backend)
     checks.rank("window_attention", "qkv", qkv, "B Y X 3 H D")
     if qkv.shape[3] != 3:
         raise ValueError(f"window_attention: qkv is {tuple(qkv.shape)}; dimension 3 holds q, k and v.")
     checks.alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)
+    checks.head_dim("window_attention", "qkv", qkv)
+    checks.whole("window_attention", "window", window)
     if window < 1:
         raise ValueError(f"window_attention: a window of {window} holds nothing.")
     if qkv_bias is not None:
         checks.shape("window_attention", "qkv_bias", qkv_bias, qkv.shape[3:], "qkv", qkv)
     for name, table in (("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)):
+        checks.present("window_attention", name, table)
         if table.shape != (2 * window - 1, qkv.shape[5]):
             needed = f"a window of {window} and heads of {qkv.shape[5]} need {(2 * window - 1, qkv.shape[5])}"
             raise ValueError(f"window_attention: {name} is {tuple(table.shape)}; {needed}.")

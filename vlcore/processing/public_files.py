@@ -14,7 +14,7 @@ from vlcore.processing.images import MIN_SIDE
 from vlcore.processing.writing import replacing_files
 
 PROMPT_KEY = "prompt"
-BICUBIC = 3
+BILINEAR, BICUBIC = 2, 3
 
 # The prompt of ChatTemplate.render, for messages; the tokenizer gives `bos_token` and `eos_token`.
 JINJA = """\
@@ -91,7 +91,11 @@ def chat_template(template: ChatTemplate) -> str:
 
 
 def image_processor(config: VLConfig) -> dict[str, Any]:
-    """Settings of transformers' image processor; with two towers `size` is the low-resolution one's."""
+    """Settings of transformers' image processor; with two towers `size` is the low-resolution one's.
+
+    That tower's image is made of the padded high-resolution one by the model, bilinearly, and transformers makes it of
+    the image itself: bilinearly it comes out the same but for the rounding to 8 bits.
+    """
     low = config.siglip
     settings = {
         "do_normalize": True,
@@ -114,6 +118,7 @@ def image_processor(config: VLConfig) -> dict[str, Any]:
         "high_res_resample": BICUBIC,
         "high_res_size": {"height": config.sam.image_size, "width": config.sam.image_size},
         "image_processor_type": "DeepseekVLHybridImageProcessor",
+        "resample": BILINEAR,
     }
 
 

@@ -23,17 +23,20 @@ class Stage:
         learning_rate: its peak.
         schedule: "cosine" falls to min_ratio of the peak; "step" multiplies it by 0.316 at 80 % and by 0.1 at 90 % of
             the steps (ours, DeepSeek-LLM's); "constant" holds it. All begin with a linear warm-up.
-        warmup_steps: steps of the learning rate's warm-up.
+        warmup_steps: steps of the learning rate's warm-up. A stage of fewer steps, such as a trial of the paper's,
+            warms up over all of them and reaches the peak in its last.
         min_ratio: where the cosine ends, relative to the peak (ours).
-        batch_size: sequences of a global step, over all ranks and micro-batches.
+        batch_size: sequences of a global step, over all its micro-batches.
         micro_batch_size: sequences of one forward and backward; gradients are accumulated over the micro-batches.
         sequence_length: tokens that a sequence may have, images included.
         packing: several samples share a sequence, and attention does not cross from one to another.
         samples_per_sequence: with packing, a step draws batch_size * samples_per_sequence samples (ours). The number is
             fixed so that what a step draws depends on the step alone; set it near sequence_length / mean tokens of a
             sample. Micro-batches hold at most micro_batch_size * sequence_length tokens whatever it is.
-        overlong: what happens to a sample over sequence_length: "skip" lists it as a bad sample; "truncate" cuts a
-            document's text at the end, counted in metrics, and skips what cannot be cut (ours).
+        overlong: what happens to a sample over sequence_length (ours): "skip" replaces it by another; "truncate" cuts a
+            document's text at the end, keeps the whole turns of a conversation up to the last answer that fits, and
+            skips what has none or would lose its images. What is skipped is counted and listed in bad_samples.jsonl,
+            but is no bad sample; tokens cut are counted.
         supervise: "text" learns all text; "answers" only the answers of conversations and the token that ends them.
         text_ratio: share of text, in steps when grouping and otherwise in samples; None takes it from the weights.
         modality_warmup: fraction of the steps over which the share of text falls linearly from 1 to its ratio; the
@@ -104,7 +107,8 @@ class TrainConfig:
             weights.
         processor: a directory with tokenizer and chat template; None takes it from the model directory.
         stages: trained one after another. Each begins with a fresh optimizer (ours).
-        output_dir: where checkpoints, metrics.jsonl, bad_samples.jsonl, loss.png and the model are written.
+        output_dir: where checkpoints, metrics.jsonl, bad_samples.jsonl, loss.png and the model are written; one run at
+            a time may use it.
         seed: decides the fresh weights and every draw of data.
         device: where the model is trained, such as "cuda:1" or "cpu". None takes a GPU if there is one, and leaves a
             model that is handed to `train` where it is.
@@ -113,14 +117,18 @@ class TrainConfig:
         activation_checkpointing: recompute activations in the backward instead of keeping them.
         num_workers: processes that load data; 0 loads it in the training process.
         checkpoint_every: steps between checkpoints, besides those at the ends of stages; None makes only those. A run
-            that is killed loses as many steps at most.
+            that is killed loses as many steps at most; one that SIGTERM or Ctrl-C reaches writes a checkpoint first.
         keep: how many checkpoints are kept.
-        resume: go on from the last checkpoint in output_dir, if there is one; False deletes what an earlier run left.
+        resume: go on from the last checkpoint in output_dir, if there is one and it is of this run: of the same
+            settings, starting weights and rows of data. Images are not looked at. False deletes what an earlier run
+            left.
         log_every: steps that one line of metrics.jsonl sums up.
         plot: draw loss.png (needs matplotlib).
         save_model: write the final model, with its processor, to output_dir/model in the transformers layout.
-        max_bad_steps: steps in a row with a loss or gradient that is not finite, after which the run stops.
-        max_bad_samples: the part of the samples drawn that may be bad, above which the run stops.
+        max_bad_steps: steps in a row with a loss or gradient that is not finite, after which the run stops. Text,
+            multimodal and mixed steps are counted apart: what only images break is not forgotten at the next text.
+        max_bad_samples: the part of the samples drawn that may be bad, above which the run stops. Samples that are only
+            too long do not count.
         on_stage_end: called as on_stage_end(stage, model, processor, summary) when a stage is done, with the model in
             eval mode and `summary` the StageResult. It is called before the stage counts as done in a checkpoint.
 

@@ -34,6 +34,7 @@ class StepRecord:
     supervised_tokens: int = 0
     images: int = 0
     bad_samples: int = 0
+    overlong_samples: int = 0
     cut_tokens: int = 0
     samples: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -51,6 +52,7 @@ def count(total: StageResult, record: StepRecord, *, in_tail: bool) -> None:
     total.images += record.images
     total.skipped_steps += record.skipped
     total.bad_samples += record.bad_samples
+    total.overlong_samples += record.overlong_samples
     total.cut_tokens += record.cut_tokens
     total.samples_by_source += record.samples
     total.tokens_by_source += record.tokens
@@ -62,7 +64,8 @@ def count(total: StageResult, record: StepRecord, *, in_tail: bool) -> None:
 def summary(records: list[StepRecord], total: StageResult) -> dict[str, Any]:
     """A line of metrics.jsonl: steps in a row summed up, and the shares of each source in the stage so far.
 
-    `loss` (nats a supervised token) and `grad_norm` are over the steps that were not skipped, null where none is left.
+    `loss` (nats a supervised token) and `grad_norm` are over the steps that were not skipped, null where none is left;
+    `suspects` names the samples of those that were.
     """
     last, seconds = records[-1], sum(record.seconds for record in records)
     good = [record for record in records if not record.skipped]
@@ -85,7 +88,9 @@ def summary(records: list[StepRecord], total: StageResult) -> dict[str, Any]:
         "sample_share": _shares(total.samples_by_source),
         "token_share": _shares(total.tokens_by_source),
         "skipped_steps": total.skipped_steps,
+        "suspects": list(dict.fromkeys(name for record in records for name in record.suspects)),
         "bad_samples": total.bad_samples,
+        "overlong_samples": total.overlong_samples,
         "cut_tokens": total.cut_tokens,
     }
 

@@ -1,4 +1,4 @@
-"""The list of bad samples, and the limit on how many there may be."""
+"""The list of samples that were not used, and the limit on how many may be bad."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields

@@ -1,5 +1,6 @@
-"""What a run hands back, and the error that ends one early."""
+"""What a run hands back, and the errors that end one early."""
 
+import signal
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,19 @@ from vlcore.processing import Processor
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on: too many bad samples, or too many steps in a row that were not finite."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """SIGTERM or SIGINT came, the step was finished and a checkpoint written, from which the same run goes on.
+
+    Args:
+        number: the signal.
+        checkpoint: what was written.
+    """
+
+    def __init__(self, number: signal.Signals, checkpoint: Path):
+        super().__init__(f"stopped by {number.name} behind {checkpoint}, from which the same run goes on.")
+        self.number = number
 
 
 @dataclass
@@ -24,7 +38,8 @@ class StageResult:
         images: that were trained on.
         skipped_steps: steps with a loss or gradient that was not finite, after which no weight changed.
         bad_samples: draws that were replaced because the sample could not be used.
-        cut_tokens: cut off the ends of documents that were too long.
+        overlong_samples: draws that were replaced because the sample was too long.
+        cut_tokens: cut off the ends of documents and conversations that were too long.
         samples_by_source, tokens_by_source: trained on; tokens count images' tokens, not padding.
         tail_loss, tail_tokens: summed over the last tenth of the steps; their ratio is `loss`.
     """
@@ -36,6 +51,7 @@ class StageResult:
     images: int = 0
     skipped_steps: int = 0
     bad_samples: int = 0
+    overlong_samples: int = 0
     cut_tokens: int = 0
     samples_by_source: Counter[str] = field(default_factory=Counter)
     tokens_by_source: Counter[str] = field(default_factory=Counter)

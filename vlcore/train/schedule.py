@@ -10,8 +10,9 @@ STEPS_DOWN = ((0.9, 0.1), (0.8, 0.316))
 
 def learning_rate(stage: Stage, step: int) -> float:
     """The learning rate that step `step` of 0..stage.steps - 1 is taken with."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
+    warmup = min(stage.warmup_steps, stage.steps)
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / warmup
     return stage.learning_rate * _ratio(stage, step)
 
 

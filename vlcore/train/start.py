@@ -1,5 +1,6 @@
 """What a run starts from: the model and processor that its configuration names, checked against its stages."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,11 +15,28 @@ from vlcore.config import PRESETS, VLConfig, preset
 from vlcore.models import DeepSeekVL, init_weights
 from vlcore.processing import Processor
 from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.state import remove_checkpoints, remove_leftovers
 
+CHECKPOINTS = "checkpoints"
+METRICS, BAD_SAMPLES, PLOT = RECORDS = ("metrics.jsonl", "bad_samples.jsonl", "loss.png")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Variants of one block's code: with or without a gradient, first layer or not, packed or not, and sizes of 1, which the
 # compiler tells from more. A run of three stages makes about ten.
 RECOMPILE_LIMIT = 64
+
+
+def check_alone() -> None:
+    """Refuse to be one of several processes: each would train on everything and write to the same folder.
+
+    Raises:
+        ValueError: torchrun, or another launcher, started more than one.
+    """
+    world = os.environ.get("WORLD_SIZE", "")
+    if world not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE is {world}, but training is one process today: start it once, without torchrun, or unset "
+            "WORLD_SIZE."
+        )
 
 
 def load_model(config: TrainConfig) -> DeepSeekVL:
@@ -163,18 +181,21 @@ def _compiled(model: DeepSeekVL, backend: bool | str) -> Iterator[None]:
 def clear_leftovers(output_dir: Path) -> None:
     """Delete what a run that was killed while it saved left half-written."""
     # The weights of the final model are written to a directory beside the one that they and the processor move in from.
-    for pattern in ("checkpoints/.step-*.incomplete", ".model.*.incomplete", "..model.*.incomplete"):
+    remove_leftovers(output_dir / CHECKPOINTS)
+    for pattern in (".model.*.incomplete", "..model.*.incomplete"):
         for leftover in output_dir.glob(pattern):
             shutil.rmtree(leftover)
+    for name in RECORDS:
+        for leftover in output_dir.glob(f".{name}.*.partial"):
+            leftover.unlink()
 
 
 def remove_run(output_dir: Path) -> None:
-    """Delete what an earlier run wrote to output_dir, except its model, which the new one will replace.
+    """Delete what an earlier run wrote to output_dir, and nothing else; its model, too, stays until it is replaced.
 
     Raises:
         OSError: it cannot be deleted.
     """
-    if (output_dir / "checkpoints").exists():
-        shutil.rmtree(output_dir / "checkpoints")
-    for name in ("metrics.jsonl", "bad_samples.jsonl", "loss.png"):
+    remove_checkpoints(output_dir / CHECKPOINTS)
+    for name in RECORDS:
         (output_dir / name).unlink(missing_ok=True)

@@ -1,10 +1,12 @@
 """Checkpoints of a run: everything that going on needs, written whole or not at all, read back with every check."""
 
-import hashlib
 import json
+import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlcore.checkpoint import replacing_directory
-from vlcore.config import VLConfig
 from vlcore.models.deepseek_vl import DeepSeekVL
-from vlcore.processing import Processor
-from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.description import OtherRun, check_same
 from vlcore.train.result import StageResult
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 RNG = "torch_rng_state"
-# Settings of a stage that change no result.
-FREE = ("micro_batch_size",)
+# What save_checkpoint calls a checkpoint, and what is left of one that was killed.
+NAME = r"step-[0-9]{8}(-done)?"
+LEFTOVER = rf"\.{NAME}\.[0-9a-f]+\.incomplete"
 
 
 @dataclass
@@ -34,14 +35,14 @@ class Progress:
     Attributes:
         stage, step: what comes next: step `step` of the stage-th stage.
         global_step: steps before it, of all stages.
-        bad_steps: steps skipped in a row just before it.
+        bad_steps: by modality, its last steps in a row that were skipped.
         results: what each stage begun has done so far.
     """
 
     stage: int = 0
     step: int = 0
     global_step: int = 0
-    bad_steps: int = 0
+    bad_steps: dict[str, int] = field(default_factory=dict)
     results: list[StageResult] = field(default_factory=list)
 
 
@@ -87,8 +88,43 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """The complete checkpoints in a folder, oldest first; what else is called step-something is not ours."""
+    return _named(folder, NAME)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what saves that were killed left half-written."""
+    for leftover in _named(folder, LEFTOVER):
+        shutil.rmtree(leftover)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete every checkpoint.
+
+    Raises:
+        OSError: it cannot be deleted, or is a link to somewhere else.
+    """
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a symbolic link; what it leads to is not deleted.")
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def naming_an_older(path: Path) -> Iterator[None]:
+    """An error about the newest checkpoint says, too, which one may be gone on from instead.
+
+    Raises:
+        ValueError: that error, with the older checkpoint behind it if there is one.
+    """
+    try:
+        yield
+    except OtherRun:
+        raise
+    except ValueError as error:
+        older = checkpoints(path.parent)[:-1]
+        remedy = f" {older[-1]} is older and still there: delete {path} to go on from it." if older else ""
+        raise ValueError(f"{error}{remedy}") from None
 
 
 def load_checkpoint(path: Path, described: dict[str, Any], model: DeepSeekVL) -> Progress:
@@ -98,13 +134,14 @@ def load_checkpoint(path: Path, described: dict[str, Any], model: DeepSeekVL) ->
         described: what `describe` says of the run that is to go on.
 
     Raises:
-        ValueError: the checkpoint is damaged, or is of another run: the first setting that differs is named. What may
-            differ is what changes no result (output, logging, workers, micro-batches) and stages not begun.
+        ValueError: the checkpoint is damaged, or is of another run: the first setting, source or weights that differ
+            are named. What may differ is what changes no result (output, logging, workers, micro-batches) and stages
+            not begun.
     """
     state = _read_state(path / STATE)
     try:
         progress = _progress(state["progress"])
-        _check_same(path, state["config"], described, len(progress.results))
+        check_same(path, state["config"], described, len(progress.results))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / STATE} is damaged: {error}.") from None
     tensors = _read_tensors(path / MODEL)
@@ -140,51 +177,8 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: DeepSeek
         optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
 
 
-def describe(config: TrainConfig, model: VLConfig, processor: Processor) -> dict[str, Any]:
-    """What decides the outcome of a run, as JSON has it; of the tokenizer the SHA-256 of its JSON."""
-    stages = []
-    for stage in config.stages:
-        settings = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.name not in ("mixture", *FREE)}
-        settings["mixture"] = [
-            {
-                "name": entry.source.name,
-                "modality": entry.source.modality,
-                "samples": len(entry.source),
-                "weight": entry.weight,
-                "augmented": entry.augment is not None,
-            }
-            for entry in stage.mixture.entries
-        ]
-        stages.append(settings)
-    described = {
-        "model": asdict(model),
-        "tokenizer": hashlib.sha256(processor.tokenizer.to_str().encode()).hexdigest(),
-        "template": asdict(processor.template),
-        "seed": config.seed,
-        "precision": config.precision,
-        "stages": stages,
-    }
-    return json.loads(json.dumps(described))
-
-
-def _check_same(path: Path, saved: Any, current: Any, begun: int) -> None:
-    saved, current = ({**whole, "stages": whole["stages"][:begun]} for whole in (saved, current))
-    if difference := _difference(saved, current):
-        raise ValueError(
-            f"{path} is of another run: {difference}. Restore the setting, or choose another output_dir, or "
-            "resume=false to delete it and begin again."
-        )
-
-
-def _difference(saved: Any, current: Any, key: str = "") -> str | None:
-    """The first place where two descriptions differ, or None."""
-    if isinstance(saved, list) and isinstance(current, list):
-        saved, current = dict(enumerate(saved)), dict(enumerate(current))
-    if not (isinstance(saved, dict) and isinstance(current, dict)):
-        return None if saved == current else f"its {key} is {saved!r:.80}, the configuration's {current!r:.80}"
-    pairs = {part: (saved.get(part), current.get(part)) for part in {**saved, **current}}
-    differences = (_difference(*pair, f"{key}.{part}".lstrip(".")) for part, pair in pairs.items())
-    return next((difference for difference in differences if difference), None)
+def _named(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if re.fullmatch(pattern, path.name))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer | None, model: DeepSeekVL) -> dict[str, Tensor]:
@@ -230,7 +224,10 @@ def _check_keys(path: Path, tensors: dict[str, Tensor], parameters: dict[str, An
 def _progress(values: dict[str, Any]) -> Progress:
     if values.keys() != (expected := {f.name for f in fields(Progress)}):
         raise TypeError(f"its progress has {sorted(values)}, not {sorted(expected)}")
-    return Progress(**{**values, "results": [_stage_result(result) for result in values["results"]]})
+    # Checkpoints of earlier releases hold one count of all modalities, which says nothing of any of them.
+    bad_steps = values["bad_steps"] if isinstance(values["bad_steps"], dict) else {}
+    results = [_stage_result(result) for result in values["results"]]
+    return Progress(**{**values, "bad_steps": bad_steps, "results": results})
 
 
 def _stage_result(values: dict[str, Any]) -> StageResult:

@@ -15,15 +15,38 @@ from vlcore.layouts import files
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.processing import Batch, Processor
 from vlcore.train.config import Stage, TrainConfig
+from vlcore.train.description import describe, fingerprint
+from vlcore.train.interrupts import Interrupts
+from vlcore.train.lock import locked
 from vlcore.train.metrics import MetricsLog, StepRecord, count
 from vlcore.train.optimizer import make_optimizer, scale_and_clip, set_learning_rate
 from vlcore.train.plot import check_matplotlib, plot_loss
 from vlcore.train.progress import Bar
 from vlcore.train.rejections import RejectionLog
-from vlcore.train.result import StageResult, TrainingStopped, TrainResult
+from vlcore.train.result import StageResult, TrainingInterrupted, TrainingStopped, TrainResult
 from vlcore.train.schedule import learning_rate
-from vlcore.train.start import check, clear_leftovers, load_model, load_processor, place, remove_run, training_mode
-from vlcore.train.state import Progress, checkpoints, describe, load_checkpoint, load_optimizer, save_checkpoint
+from vlcore.train.start import (
+    BAD_SAMPLES,
+    CHECKPOINTS,
+    METRICS,
+    PLOT,
+    check,
+    check_alone,
+    clear_leftovers,
+    load_model,
+    load_processor,
+    place,
+    remove_run,
+    training_mode,
+)
+from vlcore.train.state import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    load_optimizer,
+    naming_an_older,
+    save_checkpoint,
+)
 
 # Where the last tenth of a stage begins, whose mean loss is the stage's.
 TAIL = 0.9
@@ -33,51 +56,60 @@ MOST_NAMED = 20
 def train(config: TrainConfig, model: DeepSeekVL | None = None, processor: Processor | None = None) -> TrainResult:
     """Train a model through its stages, or go on where an earlier call with the same output_dir stopped.
 
+    It is one process on one device.
+
     Args:
         config: the run.
         model: trained in place, its weights made float32, where it is unless config.device says otherwise; by default
-            the one that config.model describes.
+            the one that config.model describes. A run that goes on has its weights from the checkpoint.
         processor: by default the one that config.processor describes.
 
     Raises:
-        ValueError: the configuration cannot be carried out, or the checkpoint or a list in output_dir is damaged or of
-            another run.
+        ValueError: the configuration cannot be carried out, this is one of several processes, or the checkpoint or a
+            list in output_dir is damaged or of another run, or another run is using it.
         TrainingStopped: too many bad samples, or too many steps in a row that were not finite.
+        TrainingInterrupted: SIGINT or SIGTERM came, in the main thread; the step was finished and a checkpoint written.
         OSError: output_dir cannot be written.
     """
+    check_alone()
     if config.plot:
         check_matplotlib()
-    model = load_model(config) if model is None else place(model, config)
-    processor = processor or load_processor(config)
-    check(config, model, processor)
-    with training_mode(model, config):
-        return Trainer(config, model, processor).run()
+    with locked(Path(config.output_dir)):
+        is_given = model is not None
+        model = load_model(config) if model is None else place(model, config)
+        # What is handed over may be what an earlier call, which was stopped, has trained already.
+        weights = None if is_given else fingerprint(model)
+        processor = processor or load_processor(config)
+        check(config, model, processor)
+        with training_mode(model, config):
+            return Trainer(config, model, processor, weights).run()
 
 
 class Trainer:
     """One run. `progress` says where it stands; everything else follows from the configuration and the weights."""
 
-    def __init__(self, config: TrainConfig, model: DeepSeekVL, processor: Processor):
+    def __init__(self, config: TrainConfig, model: DeepSeekVL, processor: Processor, weights: str | None):
         self.config, self.model, self.processor = config, model, processor
         self.output_dir = Path(config.output_dir)
-        self.folder = self.output_dir / "checkpoints"
+        self.folder = self.output_dir / CHECKPOINTS
         self.device = model.lm_head.weight.device
         self.progress = Progress()
+        self.interrupts = Interrupts()
         self.resumed_step: int | None = None
         if not config.resume:
             remove_run(self.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.output_dir)
-        self.described = describe(config, model.config, processor)
+        self.described = describe(config, model.config, processor, weights)
         if saved := checkpoints(self.folder):
-            self.progress = load_checkpoint(saved[-1], self.described, model)
+            with naming_an_older(saved[-1]):
+                self.progress = load_checkpoint(saved[-1], self.described, model)
             self.resumed_step = self.progress.global_step
-        self.metrics = MetricsLog(self.output_dir / "metrics.jsonl", config.log_every, self.progress.global_step)
-        self.rejections = RejectionLog(self.output_dir / "bad_samples.jsonl", config.max_bad_samples)
+        self.metrics = MetricsLog(self.output_dir / METRICS, config.log_every, self.progress.global_step)
+        self.rejections = RejectionLog(self.output_dir / BAD_SAMPLES, config.max_bad_samples)
 
     def run(self) -> TrainResult:
         try:
-            with Bar() as bar:
+            with Bar() as bar, self.interrupts:
                 while self.progress.stage < len(self.config.stages):
                     self._run_stage(self.config.stages[self.progress.stage], bar)
         except BaseException:
@@ -95,7 +127,7 @@ class Trainer:
         if self.progress.results:
             self.metrics.flush(self.progress.results[-1])
         if self.config.plot:
-            plot_loss(self.metrics.path, self.output_dir / "loss.png")
+            plot_loss(self.metrics.path, self.output_dir / PLOT)
 
     def _save_model(self) -> None:
         """Weights and processor together, or neither."""
@@ -124,7 +156,8 @@ class Trainer:
             bar.update(record)
             self._watch(record)
             self.rejections.check(total.bad_samples, total.samples)
-            if progress.step < stage.steps and progress.global_step % (self.config.checkpoint_every or math.inf) == 0:
+            is_due = progress.global_step % (self.config.checkpoint_every or math.inf) == 0
+            if self.interrupts.received or (is_due and progress.step < stage.steps):
                 self._save(optimizer)
         self._end(stage, optimizer)
 
@@ -136,7 +169,9 @@ class Trainer:
                 parameter.requires_grad_(name in stage.trains)
         optimizer = make_optimizer(stage, [p for name in parts if name in stage.trains for p in parts[name]])
         if self.progress.step:
-            load_optimizer(checkpoints(self.folder)[-1], optimizer, self.model)
+            newest = checkpoints(self.folder)[-1]
+            with naming_an_older(newest):
+                load_optimizer(newest, optimizer, self.model)
         self.model.train()
         return optimizer
 
@@ -200,7 +235,8 @@ class Trainer:
         record.modality = portion.modality
         record.samples += portion.samples
         record.tokens += portion.tokens
-        record.bad_samples += len(portion.rejections)
+        record.bad_samples += len(portion.rejections) - portion.overlong_samples
+        record.overlong_samples += portion.overlong_samples
         record.cut_tokens += portion.cut_tokens
         record.images += sum(batch.num_images for batch in portion.batches)
         record.supervised_tokens += sum(batch.num_supervised for batch in portion.batches)
@@ -225,21 +261,26 @@ class Trainer:
         return loss.detach()
 
     def _watch(self, record: StepRecord) -> None:
-        """Stop after too many steps in a row that were not finite."""
-        self.progress.bad_steps = self.progress.bad_steps + 1 if record.skipped else 0
-        if self.progress.bad_steps >= self.config.max_bad_steps:
+        """Stop after too many steps of a modality in a row that were not finite."""
+        bad_steps = self.progress.bad_steps
+        bad_steps[record.modality] = bad_steps.get(record.modality, 0) + 1 if record.skipped else 0
+        if bad_steps[record.modality] >= self.config.max_bad_steps:
             names = record.suspects
             more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
             raise TrainingStopped(
-                f"{self.progress.bad_steps} steps in a row had a loss or gradient that was not finite (max_bad_steps), "
-                f"the last one step {record.step} with loss {record.loss} and gradient norm {record.grad_norm}, "
+                f"{bad_steps[record.modality]} {record.modality} steps in a row had a loss or gradient that was not "
+                f"finite (max_bad_steps), the last one step {record.step} with loss {record.loss} and gradient norm "
+                f"{record.grad_norm}, "
                 f"on samples {', '.join(names[:MOST_NAMED])}{more}."
             )
 
     def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint; where a signal came before it was written, it is the last."""
         self.metrics.flush(self.progress.results[-1])
         keep = self.config.keep
-        save_checkpoint(self.folder, self.progress, self.described, self.model, optimizer, keep=keep)
+        saved = save_checkpoint(self.folder, self.progress, self.described, self.model, optimizer, keep=keep)
+        if self.interrupts.received:
+            raise TrainingInterrupted(self.interrupts.received, saved)
 
     def _end(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """Close the stage. What on_stage_end fails at is not lost: the last step is saved before it is called."""
@@ -249,7 +290,8 @@ class Trainer:
                 self._save(optimizer)
             self.model.eval()
             # Without the compiler, which would take every cache of a generation for a case of its own.
-            with torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext():
+            eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+            with eager, self.interrupts.suspended():
                 self.config.on_stage_end(stage, self.model, self.processor, progress.results[-1])
         progress.stage, progress.step = progress.stage + 1, 0
         self._save(None)
