@@ -74,7 +74,7 @@ def test_a_dtype_may_be_named(saved):
     ("changes", "message"),
     [
         ({"vision_config": None}, "there is no vision_config, which a 'deepseek_vl_hybrid' is made of"),
-        ({"text_config": None, "high_res_vision_config": None}, "no text_config and no high_res_vision_config, which"),
+        ({"text_config": None, "vision_config": None}, "no text_config and no vision_config, which"),
         ({"vision_config": []}, r"vision_config is \[\]; it should be an object"),
         ({"vision_config": {"hidden_size": 64}}, "hidden_act is left out, which stands for 'gelu_pytorch_tanh'; this"),
         (
