@@ -9,6 +9,7 @@ from torch import Tensor
 from vlcore import ops
 from vlcore.bench.command import cases
 from vlcore.bench.harness import Case, Inputs, Maker
+from vlcore.ops.dispatch import TORCH
 
 # Each is of another block; the last is too long for one.
 ROWS = (128, 256, 512, 768, 4096, 8192, 16384, 32768)
@@ -101,6 +102,22 @@ def _hybrid_adaptor(images: int) -> Case:
     return Case(operator="hybrid_adaptor", shape=f"{images} × 576 × 2 × 1024 → 4096", inputs=inputs, trains=True)
 
 
+def _scaled_gradient() -> Case:
+    """What a loss's backward does to a head's gradient."""
+
+    def scale(grad: Tensor, factor: Tensor, *, backend: str) -> Tensor:
+        if backend == TORCH:
+            return grad * factor
+        from vlcore.kernels import linear_cross_entropy
+
+        return linear_cross_entropy.scale(grad.clone(), factor)
+
+    def inputs(make: Maker) -> Inputs:
+        return make(16384, 2048), make()
+
+    return Case(operator="linear_cross_entropy", shape="a number × 16384 × 2048", inputs=inputs, function=scale)
+
+
 def _quantized_linear(rows: int, bits: int, group_size: int | None) -> Case:
     def inputs(make: Maker) -> Inputs:
         return make(rows, 2048), ops.quantize_weight(make(5632, 2048), bits, group_size), make(5632)
@@ -120,6 +137,7 @@ MORE: Mapping[str, Sequence[Case]] = {
     "downsample_features": [_downsample_features(batch) for batch in (2, 4)],
     "hybrid_adaptor": [_hybrid_adaptor(images=4)],
     "layer_norm": _norm("layer_norm", tensors=1, vectors=2),
+    "linear_cross_entropy": [_scaled_gradient()],
     "quantized_linear": [
         _quantized_linear(rows, bits, group_size) for rows in (1, 64, 640) for bits, group_size in ((8, None), (4, 64))
     ],
