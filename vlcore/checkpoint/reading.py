@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlcore import layouts
 from vlcore.layouts import Binding, StoredTensor
 from vlcore.models import DeepSeekVL, Llama
-from vlcore.models.layers import Linear
+from vlcore.models.layers import Linear, lay_side_by_side
 from vlcore.native import prefer_huge_pages
 
 MOST_NAMED = 10  # keys that an error message lists before it only counts
@@ -48,7 +48,6 @@ def from_pretrained(
     with torch.device("meta"):
         model = DeepSeekVL(config)
     _fill(model, bindings, stored, dtype, device)
-    model.language.lay_side_by_side()
     model.unused = {key: tensor.clone() for key, tensor in _read(stored, unused)}
     return model.eval()
 
@@ -73,7 +72,6 @@ def load_llama(
     if config.tie_embeddings:
         head.weight = language.embed_tokens.weight
     _fill(nn.ModuleDict({"language": language, "lm_head": head}), bindings, stored, dtype, device)
-    language.lay_side_by_side()
     return language.eval(), head
 
 
@@ -165,6 +163,7 @@ def _fill(
             parameter = parameters[str(by_key[key].parameter)]
             target = parameter if (rows := by_key[key].rows) is None else parameter[rows]
             target.copy_(tensor.view(target.shape))
+    lay_side_by_side(model)
 
 
 def _materialize(model: nn.Module, dtypes: dict[str | None, torch.dtype], device: torch.device | str | None) -> None:

@@ -104,14 +104,37 @@ def normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     return torch.stack([(x - mean[i]) / std[i] for i, x in enumerate(pixels.unbind(1))], 1)
 
 
-def lay_side_by_side(*layers: nn.Module) -> None:
-    """Move the weights of layers that read the same, plain or quantised, to neighbouring memory, where decoding reads
-    them as one (ops.decode_block). Only on a GPU, and only what is plainly in memory."""
-    if not all(hasattr(layer, "stored") for layer in layers):
-        return  # somebody has put layers of their own in their place
-    for tensors in zip(*(layer.stored() for layer in layers), strict=False):  # type: ignore[operator]
-        if all(tensor.is_cuda and type(tensor.data) is Tensor for tensor in tensors):
-            move_side_by_side(tensors)
+class SideBySide(nn.Module):
+    """A module with layers that read the same, plain or quantised: on a GPU their weights are neighbours in memory,
+    where decoding reads them as one (ops.decode_block).
+
+    Attributes:
+        together: the names of those layers.
+    """
+
+    together: tuple[str, ...]
+
+    def lay_side_by_side(self) -> None:
+        """Move them there, if they are not; a module that is moved sees to it itself."""
+        layers = [getattr(self, name) for name in self.together]
+        if not all(hasattr(layer, "stored") for layer in layers):
+            return  # somebody has put layers of their own in their place
+        for tensors in zip(*(layer.stored() for layer in layers), strict=False):
+            # What is sharded, say, is not plainly in memory.
+            if all(tensor.is_cuda and type(tensor.data) is Tensor for tensor in tensors):
+                move_side_by_side(tensors)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.lay_side_by_side()
+        return self
+
+
+def lay_side_by_side(model: nn.Module) -> None:
+    """All that are to be so in a model whose weights are new."""
+    for module in model.modules():
+        if isinstance(module, SideBySide):
+            module.lay_side_by_side()
 
 
 def move_side_by_side(tensors: Sequence[Tensor]) -> None:

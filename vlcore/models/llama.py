@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.config import LlamaConfig
-from vlcore.models.layers import Embedding, Linear, RMSNorm, lay_side_by_side, run_block
+from vlcore.models.layers import Embedding, Linear, RMSNorm, SideBySide, run_block
 
 
 class Memory(Protocol):
@@ -53,12 +53,6 @@ class Llama(nn.Module):
             arguments = (x, residual, positions, cu_seqlens, memory)
             x, residual = run_block(layer, *arguments, recompute=self.activation_checkpointing)
         return self.norm(x, residual)[0]
-
-    def lay_side_by_side(self) -> None:
-        """Where weights that read the same are to be for `decode`; modules that are moved see to it themselves."""
-        for layer in self.layers:
-            layer.self_attn.lay_side_by_side()  # type: ignore[operator, union-attr]
-            layer.mlp.lay_side_by_side()  # type: ignore[operator, union-attr]
 
     def operands(self, dtype: torch.dtype) -> list[ops.BlockWeights]:
         """The layers' weights for `decode`, which takes a token each time: copies where they are of another dtype."""
@@ -123,8 +117,10 @@ class LlamaLayer(nn.Module):
         )
 
 
-class LlamaAttention(nn.Module):
+class LlamaAttention(SideBySide):
     """Grouped-query attention: num_heads query heads share num_kv_heads keys and values."""
+
+    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
@@ -137,14 +133,6 @@ class LlamaAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
 
-    def lay_side_by_side(self) -> None:
-        lay_side_by_side(self.q_proj, self.k_proj, self.v_proj)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.lay_side_by_side()
-        return self
-
     def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_BTHD, k_BTHD, v_BTHD = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
@@ -153,22 +141,16 @@ class LlamaAttention(nn.Module):
         return self.o_proj(attended_BTHD.flatten(2))
 
 
-class LlamaMlp(nn.Module):
+class LlamaMlp(SideBySide):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    together = ("gate_proj", "up_proj")
 
     def __init__(self, size: int, hidden_size: int):
         super().__init__()
         self.gate_proj = Linear(size, hidden_size, bias=False)
         self.up_proj = Linear(size, hidden_size, bias=False)
         self.down_proj = Linear(hidden_size, size, bias=False)
-
-    def lay_side_by_side(self) -> None:
-        lay_side_by_side(self.gate_proj, self.up_proj)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.lay_side_by_side()
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.models.deepseek_vl import DeepSeekVL, unwrapped
-from vlcore.models.layers import Linear
+from vlcore.models.layers import Linear, lay_side_by_side
 from vlcore.native import prefer_huge_pages
 
 
@@ -84,7 +84,7 @@ def quantize(model: DeepSeekVL, bits: int = 8, group_size: int | None = None, *,
         replacement = QuantizedLinear(ops.quantize_weight(layers.pop(name).weight, bits, group_size))
         model.set_submodule(name, replacement)
         replacement.train(model.training)
-    model.language.lay_side_by_side()
+    lay_side_by_side(model)
 
 
 def quantized_name(model: nn.Module) -> str | None:

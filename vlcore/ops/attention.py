@@ -142,9 +142,7 @@ def attention(
 def _chosen(q, k, v, causal, cu_seqlens, scale, backend) -> str:
     check("attention", q, k, v, cu_seqlens)
     checks.flag("attention", "causal", causal)
-    if scale is not None:
-        checks.number("attention", "scale", scale)
-    scale = checks.scale(scale, q)
+    scale = checks.checked_scale("attention", scale, q)
     return choose("attention", KERNELS, backend, q, k, v, causal, cu_seqlens, scale)
 
 

@@ -98,6 +98,12 @@ def scale(given: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if given is None else given
 
 
+def checked_scale(operator: str, given: float | None, q: Tensor) -> float:
+    if given is not None:
+        number(operator, "scale", given)
+    return scale(given, q)
+
+
 def may_read(tensor: Tensor) -> bool:
     """Whether its values can be looked at without stopping a GPU or breaking a graph."""
     return tensor.device.type == "cpu" and has_values(tensor)

@@ -103,9 +103,7 @@ def decode_attention(
 def _chosen(q, k, v, key_cache, value_cache, lengths, theta, scale, backend) -> str:
     _check(q, k, v, key_cache, value_cache, lengths)
     checks.number("decode_attention", "theta", theta)
-    if scale is not None:
-        checks.number("decode_attention", "scale", scale)
-    scale = checks.scale(scale, q)
+    scale = checks.checked_scale("decode_attention", scale, q)
     return choose("decode_attention", KERNELS, backend, q, k, v, key_cache, value_cache, lengths, theta, scale)
 
 

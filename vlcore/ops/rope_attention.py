@@ -104,9 +104,7 @@ def _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend) -> st
     check_positions("rope_attention", positions, "k", k)
     checks.number("rope_attention", "theta", theta)
     checks.flag("rope_attention", "causal", causal)
-    if scale is not None:
-        checks.number("rope_attention", "scale", scale)
-    scale = checks.scale(scale, q)
+    scale = checks.checked_scale("rope_attention", scale, q)
     return choose("rope_attention", KERNELS, backend, q, k, v, positions, theta, causal, cu_seqlens, scale)
 
 
