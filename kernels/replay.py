@@ -22,6 +22,9 @@ from . import direct_launch, launch
 
 # Kinds of calls of one launcher; what is forgotten is noted again.
 MAX_KINDS = 1024
+# Bytes of the largest tensor that is allocated together with others, and what each begins at a multiple of.
+MAX_TOGETHER = 1 << 24
+_ALIGNMENT = 512
 
 _ALLOCATES = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty)
 # Unless they copy.
@@ -37,7 +40,10 @@ _LOOKS = (
 
 
 class _Plan(NamedTuple):
-    """What calls of a kind do; places count a whole: the arguments, then what is allocated, then None."""
+    """What calls of a kind do; places count a whole: the arguments, then what is allocated, then None.
+
+    What is not given back is allocated as one tensor, in which each has its place.
+    """
 
     allocations: tuple[Callable[[], Tensor], ...] = ()
     # For csrc/launch_again.cpp: what is kept of a kernel, grid, places with bytes behind their beginning, numbers.
@@ -107,7 +113,8 @@ class _Calls(TorchFunctionMode):
         self.arguments = arguments
         self.allocated: list[Tensor] = []
         self.views: list[Tensor] = []  # kept, or others would be mistaken for them
-        self.begins = {id(argument): (place, 0) for place, argument in enumerate(arguments)}
+        # By id, the tensor whose memory another lies in, and how many bytes behind its beginning.
+        self.begins = {id(argument): (argument, 0) for argument in (*arguments, None)}
         self.does_more = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -117,11 +124,11 @@ class _Calls(TorchFunctionMode):
         if not _is_without_tensors((*others, *(kwargs or {}).values())):
             self.does_more = True  # an index, say, or a size, that is read
         elif function in _ALLOCATES:
-            self.begins[id(result)] = len(self.arguments) + len(self.allocated), 0
+            self.begins[id(result)] = result, 0
             self.allocated.append(result)
         elif function in _VIEWS and id(first) in self.begins and _is_within(result, first):
-            place, offset = self.begins[id(first)]
-            self.begins[id(result)] = place, offset + result.data_ptr() - first.data_ptr()
+            whole, offset = self.begins[id(first)]
+            self.begins[id(result)] = whole, offset + result.data_ptr() - first.data_ptr()
             self.views.append(result)
         elif function not in _LOOKS:
             self.does_more = True
@@ -141,27 +148,49 @@ def _is_within(result: Tensor, tensor: Tensor) -> bool:
 
 def _plan(calls: _Calls, launches: list[direct_launch.Launch], results) -> _Plan | None:
     """None where a call is more than can be repeated."""
-    whole = (*calls.arguments, *calls.allocated, None)
-    places = {id(each): place for place, each in enumerate(whole)}
-    begins = calls.begins | {id(None): (places[id(None)], 0)}
     alone = isinstance(results, Tensor)
     given_back = (results,) if alone else results
+    known = {id(each) for each in (*calls.arguments, *calls.allocated, None)}
     if (
         calls.does_more
         or not given_back
         or type(given_back) is not tuple
-        or not all(id(result) in places for result in given_back)
+        or not known.issuperset(map(id, given_back))
         or not all(each.kept and _is_without_tensors(each.numbers) for each in launches)
-        or not all(id(tensor) in begins for each in launches for tensor in each.tensors)
+        or not all(id(tensor) in calls.begins for each in launches for tensor in each.tensors)
         or not all(map(_is_packed, calls.allocated))
     ):
         return None
+    offsets, room = _together([each for each in calls.allocated if id(each) not in set(map(id, given_back))])
+    allocated = [each for each in calls.allocated if id(each) not in offsets] + room
+    whole = (*calls.arguments, *allocated, None)
+    places = {id(each): (place, 0) for place, each in enumerate(whole)}
+    places |= {each: (len(whole) - 2, offset) for each, offset in offsets.items()}
+
+    def place(tensor: Tensor | None) -> tuple[int, int]:
+        of, behind = calls.begins[id(tensor)]
+        found, offset = places[id(of)]
+        return found, offset + behind
+
     return _Plan(
-        tuple(map(_like, calls.allocated)),
-        tuple((each.kept, each.grid, tuple(begins[id(x)] for x in each.tensors), each.numbers) for each in launches),
+        tuple(map(_like, allocated)),
+        tuple((each.kept, each.grid, tuple(map(place, each.tensors)), each.numbers) for each in launches),
         tuple(each.kernel.pre_run_hooks for each in launches),
-        _taking([places[id(result)] for result in given_back], alone),
+        _taking([places[id(result)][0] for result in given_back], alone),
     )
+
+
+def _together(tensors: list[Tensor]) -> tuple[dict[int, int], list[Tensor]]:
+    """Where each of them, by its id, begins in one that has room for them all, and that one; nothing for a single one.
+    Large ones are left out: where they are written to, it is not the host that takes the time."""
+    offsets, size = {}, 0
+    for tensor in tensors:
+        if tensor.nbytes <= MAX_TOGETHER and tensor.device == tensors[0].device:
+            offsets[id(tensor)] = size
+            size += launch.ceil_div(tensor.nbytes, _ALIGNMENT) * _ALIGNMENT
+    if len(offsets) < 2:
+        return {}, []
+    return offsets, [torch.empty(size, dtype=torch.uint8, device=tensors[0].device)]
 
 
 def _taking(places: list[int], alone: bool) -> Callable[[tuple], Any]:
@@ -171,6 +200,10 @@ def _taking(places: list[int], alone: bool) -> Callable[[tuple], Any]:
 
 def _like(tensor: Tensor) -> Callable[[], Tensor]:
     """What allocates others like it, and holds no memory meanwhile."""
+    # What torch's compiled graphs allocate by, on the current device, takes half of new_empty's time.
+    allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{tensor.device.type}", None)
+    if allocate and tensor.device.index in (None, driver.active.get_current_device()):
+        return partial(allocate, tuple(tensor.shape), tensor.stride(), tensor.dtype)
     none_of_it = torch.empty(0, device=tensor.device, dtype=tensor.dtype)
     # Sizes one by one are taken in half the time; for no dimensions there are none to take.
     return partial(none_of_it.new_empty, *tensor.shape) if tensor.ndim else partial(none_of_it.new_empty, ())

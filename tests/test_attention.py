@@ -31,7 +31,7 @@ def bounds(*offsets):
 
 
 def through_op(backend, causal=False, cu_seqlens=None, scale=0.5):
-    return lambda q, k, v: Attention.apply(q, k, v, causal, cu_seqlens, scale, backend)
+    return lambda q, k, v: Attention.apply(q, k, v, cu_seqlens, (causal, scale, backend))
 
 
 def reference(causal=False, cu_seqlens=None, scale=0.5):

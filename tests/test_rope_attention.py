@@ -35,7 +35,7 @@ def bounds(*offsets):
 
 
 def through_op(backend, causal=True, cu_seqlens=None, scale=0.5):
-    return lambda q, k, v, positions: RopeAttention.apply(q, k, v, positions, 1e4, causal, cu_seqlens, scale, backend)
+    return lambda q, k, v, positions: RopeAttention.apply(q, k, v, positions, cu_seqlens, (1e4, causal, scale, backend))
 
 
 def reference(causal=True, cu_seqlens=None, scale=0.5):

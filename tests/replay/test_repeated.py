@@ -136,14 +136,40 @@ def test_what_launches_nothing_is_repeated(driver, kernel):
     assert launcher.runs == 2 and shapes == 4 * [((0, 5), (5, 0, 3))] and not driver.launches
 
 
-def test_plans_hold_no_memory(driver, kernel):
+@pytest.mark.parametrize("allocates_as_graphs_do", [True, False])
+def test_plans_hold_no_memory(driver, kernel, monkeypatch, allocates_as_graphs_do):
     """Or a CUDA graph that is being captured would keep its own for them."""
+    if not allocates_as_graphs_do:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
     launcher = Launcher(kernel)
     for _ in range(2):
         launcher.call(torch.zeros(3, 16))
     [plan] = native.Kinds._all[-1].values()
     [allocate] = plan.allocations
-    assert allocate.func.__self__.untyped_storage().nbytes() == 0
+    held = [part for part in (allocate.func.__self__, *allocate.args) if isinstance(part, torch.Tensor)]
+    assert len(held) == (not allocates_as_graphs_do) and not any(part.untyped_storage().nbytes() for part in held)
+
+
+@pytest.mark.parametrize("most", [1 << 24, 4], ids=["together", "too large to be"])
+def test_what_is_not_given_back_is_allocated_together(driver, kernel, monkeypatch, most):
+    monkeypatch.setattr(replay, "MAX_TOGETHER", most)
+
+    def body(kernel, x):
+        first, second = x.new_empty(3, 5, dtype=torch.float16), x.new_empty(7, 16)
+        start(kernel, x, first, second[2])
+        out = scale(kernel, second)
+        scale(kernel, second.view(16, 7), first)
+        return out
+
+    launcher = Launcher(kernel, body)
+    for _ in range(4):
+        out, launches = called(driver, launcher, torch.zeros(3, 16))
+    assert launcher.runs == 2 and out.shape == (7, 16) and out.dtype == torch.float32
+    [plan] = native.Kinds._all[-1].values()
+    assert len(plan.allocations) == (4 if most == 4 else 2)
+    (_, first, second_2), (second, none, result), (same, bias, _) = (arguments(each)[:3] for each in launches)
+    assert second_2 == second + 4 * 32 and (same, bias, none, result) == (second, first, None, out.data_ptr())
+    assert most == 4 or second - first == 512
 
 
 def test_no_more_is_kept_than_is_allowed(driver, kernel, monkeypatch):

@@ -132,10 +132,10 @@ def attention(
         options = {"causal": causal, "cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
         return autocast.run(attention, autocast.low(q), q, k, v, **options)
     backend = _chosen(q, k, v, causal, cu_seqlens, scale, backend)
-    arguments = (q, k, v, causal, cu_seqlens, checks.scale(scale, q))
+    scale = checks.scale(scale, q)
     if backend == TORCH and may_split(cu_seqlens):
-        return attention_reference(*arguments)
-    return apply(Attention, *arguments, backend)
+        return attention_reference(q, k, v, causal, cu_seqlens, scale)
+    return apply(Attention, q, k, v, cu_seqlens, (causal, scale, backend))
 
 
 @remembered
@@ -178,8 +178,7 @@ class Attention(torch.autograd.Function):
     """`attention` through its torch ops; lse is the logarithm of each softmax's denominator, (B, Hq, Tq)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, cu_seqlens, scale, backend):
-        numbers = (causal, scale, backend)
+    def forward(ctx, q, k, v, cu_seqlens, numbers):
         out, lse = attention_forward(q, k, v, cu_seqlens, *numbers)
         ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
         ctx.numbers = numbers
@@ -189,7 +188,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
-        return *grads, None, None, None, None
+        return *grads, None, None
 
 
 def cpp_forward(

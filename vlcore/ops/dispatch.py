@@ -140,16 +140,15 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
     direction = name.rpartition("_")[2]
 
     def run(*arguments):
-        *given, backend = arguments
+        first, backend = arguments[0], arguments[-1]
         if backend == TORCH:
-            return run_torch(*given)
+            return run_torch(*arguments[:-1])
         compute = getattr(kernels[backend], direction)
         # Kernels are launched on the current device, which need not be the one that holds the tensors.
-        first = given[0]
-        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        if first.is_cuda and first.get_device() != torch._C._cuda_getDevice():
             with torch.cuda.device_of(first):
-                return compute(*given)
-        return compute(*given)
+                return compute(*arguments[:-1])
+        return compute(*arguments[:-1])
 
     def run_for_torch(first, *others):
         outputs = run(first, *others)

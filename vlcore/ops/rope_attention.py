@@ -92,10 +92,9 @@ def rope_attention(
         return autocast.run(rope_attention, autocast.low(q), q, k, v, positions, **options)
     backend = _chosen(q, k, v, positions, theta, causal, cu_seqlens, scale, backend)
     scale = checks.scale(scale, q)
-    arguments = (q, k, v, positions, theta, causal, cu_seqlens, scale)
     if backend == TORCH and may_split(cu_seqlens):
-        return rope_attention_reference(*arguments)
-    return apply(RopeAttention, *arguments, backend)
+        return rope_attention_reference(q, k, v, positions, theta, causal, cu_seqlens, scale)
+    return apply(RopeAttention, q, k, v, positions, cu_seqlens, (theta, causal, scale, backend))
 
 
 @remembered
@@ -112,8 +111,7 @@ class RopeAttention(torch.autograd.Function):
     """`rope_attention` through its torch ops; lse is the logarithm of each softmax's denominator, (B, Hq, Tq)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, positions, theta, causal, cu_seqlens, scale, backend):
-        numbers = (theta, causal, scale, backend)
+    def forward(ctx, q, k, v, positions, cu_seqlens, numbers):
         out, lse = rope_attention_forward(q, k, v, positions, cu_seqlens, *numbers)
         ctx.save_for_backward(q, k, v, positions, cu_seqlens, out, lse)
         ctx.numbers = numbers
@@ -123,7 +121,7 @@ class RopeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         grads = rope_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None
 
 
 def _cpp_refusals(q, k, v, positions, theta, causal, cu_seqlens, scale) -> list[str]:
