@@ -4,22 +4,35 @@ namespace vlcore::VLCORE_LEVEL {
 // A row's keys are split into parts that depend on its length alone, so that sums depend neither on the number of
 // threads nor on the other rows. Their number is even, for two threads to share alike.
 constexpr int64_t kKeysOfPart = 64;
+// Tokens of the cache that are read together: what is read of q, and read and written of the sums, serves them all.
+constexpr int kTogether = 4;
 
 struct DecodeShape {
   int64_t batch, row_stride, token_stride, heads, kv_heads, head_dim;
 };
 
-template <typename T>
-VLCORE_INLINE float dot(const float* a, const T* b, int64_t size) {
-  Vec sum = {};
-  for_vecs(size, [&](int64_t d, auto lanes) VLCORE_INLINED { sum += load(a + d, lanes) * load(b + d, lanes); });
-  return reduce_add(sum);
+// Products of one vector with several, which are `stride` apart.
+template <int kCount, typename T>
+VLCORE_INLINE void dots(const float* a, const T* b, int64_t stride, int64_t size, float* products) {
+  Vec sums[kCount] = {};
+  for_vecs(size, [&](int64_t d, auto lanes) VLCORE_INLINED {
+    const Vec of_a = load(a + d, lanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) sums[i] += of_a * load(b + i * stride + d, lanes);
+  });
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) products[i] = reduce_add(sums[i]);
 }
 
-template <typename T>
-VLCORE_INLINE void add_scaled(float factor, const T* from, float* to, int64_t size) {
-  for_vecs(size, [&](int64_t d, auto lanes)
-                     VLCORE_INLINED { store(to + d, load(to + d, lanes) + load(from + d, lanes) * factor, lanes); });
+// Adds several vectors, each times its factor, one after another.
+template <int kCount, typename T>
+VLCORE_INLINE void add_scaled(const float* factors, const T* from, int64_t stride, float* to, int64_t size) {
+  for_vecs(size, [&](int64_t d, auto lanes) VLCORE_INLINED {
+    Vec sum = load(to + d, lanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) sum += load(from + i * stride + d, lanes) * factors[i];
+    store(to + d, sum, lanes);
+  });
 }
 
 template <typename T>
@@ -63,22 +76,19 @@ class DecodeHeads {
       // Scores are kept times log2(e), for exp2.
       rotate(q + (row * heads + head) * dim, row, scale_ * kLog2E, rotated + head * dim);
     }
-    for (int64_t key = begin; key < end; ++key) {
-      const T* token = key_cache + row_at + key * shape_.token_stride;
-      for (int64_t head = 0; head < heads; ++head) {
-        scores[head * kKeysOfPart + key - begin] = dot(rotated + head * dim, token + kv_head(head) * dim, dim);
-      }
-    }
+    each_head(key_cache + row_at, begin, end, [&](auto count, int64_t head, int64_t key, const T* from) VLCORE_INLINED {
+      float* to = scores + head * kKeysOfPart + key;
+      dots<count>(rotated + head * dim, from, shape_.token_stride, dim, to);
+    });
     for (int64_t head = 0; head < heads; ++head) {
       weigh(scores + head * kKeysOfPart, end - begin, statistics_.data() + 2 * (part * heads + head));
     }
     float* sums = sums_.data() + part * heads * dim;
-    for (int64_t key = begin; key < end; ++key) {
-      const T* token = value_cache + row_at + key * shape_.token_stride;
-      for (int64_t head = 0; head < heads; ++head) {
-        add_scaled(scores[head * kKeysOfPart + key - begin], token + kv_head(head) * dim, sums + head * dim, dim);
-      }
-    }
+    each_head(value_cache + row_at, begin, end,
+              [&](auto count, int64_t head, int64_t key, const T* from) VLCORE_INLINED {
+                const float* weights = scores + head * kKeysOfPart + key;
+                add_scaled<count>(weights, from, shape_.token_stride, sums + head * dim, dim);
+              });
   }
 
   // The parts of one head of all rows, together: out (batch, heads, head_dim).
@@ -94,14 +104,37 @@ class DecodeHeads {
     for (int64_t part = first_part_[row]; part < first_part_[row + 1]; ++part) {
       const float weight = std::exp2(statistics_[2 * at(part)] - largest);
       weights += weight * statistics_[2 * at(part) + 1];
-      add_scaled(weight, sums_.data() + at(part) * dim, all, dim);
+      add_scaled<1>(&weight, sums_.data() + at(part) * dim, 0, all, dim);
     }
     for_vecs(dim, [&](int64_t d, auto lanes)
                       VLCORE_INLINED { store(out + index * dim + d, load(all + d, lanes) / weights, lanes); });
   }
 
  private:
-  int64_t kv_head(int64_t head) const { return head * shape_.kv_heads / shape_.heads; }
+  // step(count, head, first, from) for each head of the tokens [begin, end) of a row's cache, in groups of as many as
+  // the constant `count`: the first is `first` behind the beginning, and its part of the cache is `from`.
+  template <typename Step>
+  VLCORE_INLINED void each_head(const T* cache, int64_t begin, int64_t end, const Step& step) const {
+    const int64_t group = shape_.heads / shape_.kv_heads;
+    int64_t token = begin;
+    const auto several = [&](auto count) VLCORE_INLINED {
+      const T* from = cache + token * shape_.token_stride;
+      for (int64_t kv_head = 0; kv_head < shape_.kv_heads; ++kv_head, from += shape_.head_dim) {
+        for (int i = 0; i < count; ++i) ask_for(from + (count + i) * shape_.token_stride);
+        for (int64_t of_group = 0; of_group < group; ++of_group) {
+          step(count, kv_head * group + of_group, token - begin, from);
+        }
+      }
+      token += count;
+    };
+    while (token + kTogether <= end) several(std::integral_constant<int, kTogether>{});
+    while (token < end) several(std::integral_constant<int, 1>{});
+  }
+
+  // So much is done with a token that loads do not run far enough ahead by themselves.
+  VLCORE_INLINED void ask_for(const T* head) const {
+    for (int64_t d = 0; d < shape_.head_dim; d += 64 / sizeof(T)) __builtin_prefetch(head + d, 0, 2);
+  }
 
   // Rotates a head to its row's position: the pairs are its two halves.
   void rotate(const T* head, int64_t row, float factor, float* to) const {
