@@ -211,7 +211,8 @@ struct Floats {
   }
 };
 
-// Blocks are numbered so that those that read the same weights for other rows run side by side.
+// Blocks are numbered so that those that read the same weights for other rows run side by side. Two share a
+// multiprocessor where scales are on their way too; elsewhere (0) the compiler takes the registers that it needs.
 template <typename T, typename Products>
 __global__ void __launch_bounds__(kThreads, Products::kAhead ? 2 : 0) multiply_rows(const Layer layer) {
   __shared__ float sums[kWarps][Products::kRows * Products::kSums * kOutputs];
