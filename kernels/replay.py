@@ -42,7 +42,7 @@ _LOOKS = (
 class _Plan(NamedTuple):
     """What calls of a kind do; places count a whole: the arguments, then what is allocated, then None.
 
-    What is not given back is allocated as one tensor, in which each has its place.
+    Small tensors that are not given back are allocated as one, in which each has its place.
     """
 
     allocations: tuple[Callable[[], Tensor], ...] = ()
@@ -161,7 +161,8 @@ def _plan(calls: _Calls, launches: list[direct_launch.Launch], results) -> _Plan
         or not all(map(_is_packed, calls.allocated))
     ):
         return None
-    offsets, room = _together([each for each in calls.allocated if id(each) not in set(map(id, given_back))])
+    returned = set(map(id, given_back))
+    offsets, room = _together([each for each in calls.allocated if id(each) not in returned])
     allocated = [each for each in calls.allocated if id(each) not in offsets] + room
     whole = (*calls.arguments, *allocated, None)
     places = {id(each): (place, 0) for place, each in enumerate(whole)}
