@@ -266,12 +266,13 @@ def test_stages_that_would_train_nothing_are_refused(run, stage, change, sources
         run(stage(sources=sources, **change))
 
 
-def test_parts_that_the_model_lacks_are_refused(run, stage, processor):
+def test_parts_that_the_model_lacks_are_refused(run, stage, processor, tmp_path):
     config = replace(preset("tiny"), sam=None, adaptor="mlp_gelu")
     model = DeepSeekVL(config)
     with pytest.raises(ValueError, match="The processor's image_size is 160, the model's 64"):
         run(stage(), model=model)
-    settings = TrainConfig(model=config, stages=(stage(trains=("sam",), sources={"captions": 1}),), output_dir="x")
+    stages = (stage(trains=("sam",), sources={"captions": 1}),)
+    settings = TrainConfig(model=config, stages=stages, output_dir=tmp_path)
     with pytest.raises(ValueError, match=r"'only' trains \['sam'\], which this model does not have"):
         train(replace(settings, plot=False), model, vlcore.Processor(small_tokenizer(config), config))
 
