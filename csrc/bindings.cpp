@@ -3,6 +3,7 @@
 
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "crossing.h"
 #include "kernels.h"
@@ -44,7 +45,9 @@ PYBIND11_MODULE(_C, m) {
   using vlcore::bind;
   m.def("best_level", [] { return static_cast<int>(vlcore::best_level()); });
   m.def("launch_again", vlcore::launch_again);
-  m.def("launch_all", vlcore::launch_all);
+  py::class_<vlcore::Repetition>(m, "Repetition")
+      .def(py::init<py::tuple, std::vector<size_t>, bool>())
+      .def("__call__", &vlcore::Repetition::operator());
   m.def("look_at_tensors_by", vlcore::look_at_tensors_by);
   m.def("signature", vlcore::signature);
   bind(m, "prefer_huge_pages", vlcore::prefer_huge_pages);

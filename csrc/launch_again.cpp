@@ -2,6 +2,9 @@
 // third of that.
 #include "launch_again.h"
 
+#include <pybind11/stl.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -67,28 +70,31 @@ py::tuple key_of(py::handle kernel, py::handle device, const Given& given, const
   return key;
 }
 
-// As Triton calls its launchers, with no metadata of the launch and no hooks.
-void call(const py::tuple& kept, const py::tuple& grid, py::handle stream, const std::vector<py::object>& pointers,
-          const py::tuple& numbers) {
-  static PyObject* const one = PyLong_FromLong(1);
-  const auto part = [&](Kept which) { return PyTuple_GET_ITEM(kept.ptr(), which); };
-  std::vector<PyObject*> arguments;
-  arguments.reserve(64);
-  for (size_t axis = 0; axis < 3; ++axis) {
-    arguments.push_back(axis < grid.size() ? PyTuple_GET_ITEM(grid.ptr(), axis) : one);
-  }
-  for (PyObject* next : {stream.ptr(), part(function), part(packed_metadata), Py_None, Py_None, Py_None}) {
-    arguments.push_back(next);
-  }
-  for (const py::object& pointer : pointers) arguments.push_back(pointer.ptr());
-  for (const py::handle number : numbers) arguments.push_back(number.ptr());
-  for (const py::handle constant : py::reinterpret_borrow<py::tuple>(part(constants))) {
-    arguments.push_back(constant.ptr());
-  }
-  checked(PyObject_Vectorcall(part(launcher), arguments.data(), arguments.size(), nullptr));
+}  // namespace
+
+Launch::Launch(const py::tuple& kept, const py::tuple& grid, size_t num_tensors, const py::tuple& numbers)
+    : launcher_(kept[launcher]) {
+  const auto add = [&](py::handle next) { arguments_.push_back(py::reinterpret_borrow<py::object>(next)); };
+  for (size_t axis = 0; axis < 3; ++axis) add(axis < grid.size() ? py::object(grid[axis]) : py::int_(1));
+  stream_ = arguments_.size();
+  add({});
+  add(kept[function]);
+  add(kept[packed_metadata]);
+  for (int i = 0; i < 3; ++i) add(py::none());
+  pointers_ = arguments_.size();
+  arguments_.resize(pointers_ + num_tensors);
+  for (const py::handle number : numbers) add(number);
+  for (const py::handle constant : py::tuple(kept[constants])) add(constant);
 }
 
-}  // namespace
+void Launch::operator()(py::handle stream, const std::vector<py::object>& pointers) const {
+  const auto handed_over = [](const py::object& argument) { return argument.ptr(); };
+  std::vector<PyObject*> arguments(arguments_.size());
+  std::transform(arguments_.begin(), arguments_.end(), arguments.begin(), handed_over);
+  arguments[stream_] = stream.ptr();
+  std::transform(pointers.begin(), pointers.end(), arguments.begin() + pointers_, handed_over);
+  checked(PyObject_Vectorcall(launcher_.ptr(), arguments.data(), arguments.size(), nullptr));
+}
 
 py::object launch_again(const py::dict& kept, py::handle kernel, py::handle device, py::handle stream,
                         const py::tuple& grid, const py::tuple& tensors, const py::tuple& numbers,
@@ -102,28 +108,44 @@ py::object launch_again(const py::dict& kept, py::handle kernel, py::handle devi
     if (PyErr_Occurred()) throw py::error_already_set();
     return key;
   }
-  call(found, grid, stream, given.addresses, numbers);
+  Launch(found, grid, given.addresses.size(), numbers)(stream, given.addresses);
   return found;
 }
 
-bool launch_all(const py::tuple& launches, py::handle stream, const py::tuple& arguments) {
-  std::vector<std::optional<uintptr_t>> begins;
-  begins.reserve(arguments.size());
-  for (const py::handle argument : arguments) {
-    begins.push_back(address_of(argument));
-    if (begins.back().value_or(0) % 16) return false;
-  }
+Repetition::Repetition(const py::tuple& launches, std::vector<size_t> given_back, bool alone)
+    : given_back_(std::move(given_back)), alone_(alone) {
   for (const py::handle launch : launches) {
-    const auto [kept, grid, places, numbers] = launch.cast<std::tuple<py::tuple, py::tuple, py::tuple, py::tuple>>();
-    std::vector<py::object> pointers;
-    for (const py::handle given : places) {
-      const auto [place, offset] = given.cast<std::pair<size_t, size_t>>();
+    auto [kept, grid, places, numbers] = launch.cast<std::tuple<py::tuple, py::tuple, std::vector<Place>, py::tuple>>();
+    launches_.emplace_back(Launch(kept, grid, places.size(), numbers), std::move(places));
+  }
+}
+
+py::object Repetition::operator()(py::handle stream, const py::tuple& allocations, const py::args& arguments) const {
+  std::vector<py::object> whole;
+  whole.reserve(arguments.size() + allocations.size() + 1);
+  for (const py::handle argument : arguments) whole.push_back(py::reinterpret_borrow<py::object>(argument));
+  for (const py::handle allocate : allocations) whole.push_back(checked(PyObject_CallNoArgs(allocate.ptr())));
+  whole.push_back(py::none());
+
+  std::vector<std::optional<uintptr_t>> begins;
+  begins.reserve(whole.size());
+  for (const py::object& each : whole) {
+    begins.push_back(address_of(each));
+    if (begins.back().value_or(0) % 16) return py::none();
+  }
+  std::vector<py::object> pointers;
+  for (const auto& [launch, places] : launches_) {
+    pointers.clear();
+    for (const auto& [place, offset] : places) {
       const std::optional<uintptr_t> begin = begins.at(place);
       pointers.push_back(begin ? checked(PyLong_FromSize_t(*begin + offset)) : py::none());
     }
-    call(kept, grid, stream, pointers, numbers);
+    launch(stream, pointers);
   }
-  return true;
+  if (alone_) return whole.at(given_back_.front());
+  py::tuple results(given_back_.size());
+  for (size_t i = 0; i < given_back_.size(); ++i) results[i] = whole.at(given_back_[i]);
+  return results;
 }
 
 }  // namespace vlcore

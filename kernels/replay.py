@@ -8,7 +8,6 @@ What it would do without asking torch, such as to call C++, cannot be seen, and 
 
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -40,16 +39,11 @@ _LOOKS = (
 
 
 class _Plan(NamedTuple):
-    """What calls of a kind do; places count a whole: the arguments, then what is allocated, then None.
-
-    Small tensors that are not given back are allocated as one, in which each has its place.
-    """
+    """What calls of a kind do. Small tensors that are not given back are allocated as one, with a place for each."""
 
     allocations: tuple[Callable[[], Tensor], ...] = ()
-    # For csrc/launch_again.cpp: what is kept of a kernel, grid, places with bytes behind their beginning, numbers.
-    launches: tuple[tuple, ...] = ()
     hooks: tuple[list, ...] = ()  # of the kernels, which Triton has to call
-    result: Callable[[tuple], Any] | None = None  # of the whole; None where there is no plan
+    repeat: Callable[..., Any] | None = None  # of csrc/launch_again.cpp; None where there is no plan
 
 
 # Told apart by `is`.
@@ -77,10 +71,10 @@ def remembered(launcher: Callable) -> Callable:
         plan = kinds.get(kind)
         if plan is None or plan is _SEEN_ONCE:
             return _note(launcher, arguments, kinds, kind)
-        if plan.result is not None and not any(plan.hooks):
-            whole = (*arguments, *[allocate() for allocate in plan.allocations], None)
-            if native.cpp.launch_all(plan.launches, active.get_current_stream(device), whole):
-                return plan.result(whole)
+        if plan.repeat is not None and not any(plan.hooks):
+            results = plan.repeat(active.get_current_stream(device), plan.allocations, *arguments)
+            if results is not None:
+                return results
         return launcher(*arguments)
 
     return call
@@ -173,12 +167,12 @@ def _plan(calls: _Calls, launches: list[direct_launch.Launch], results) -> _Plan
         found, offset = places[id(of)]
         return found, offset + behind
 
-    return _Plan(
-        tuple(map(_like, allocated)),
+    repeat = native.cpp.Repetition(
         tuple((each.kept, each.grid, tuple(map(place, each.tensors)), each.numbers) for each in launches),
-        tuple(each.kernel.pre_run_hooks for each in launches),
-        _taking([places[id(result)][0] for result in given_back], alone),
+        [places[id(result)][0] for result in given_back],
+        alone,
     )
+    return _Plan(tuple(map(_like, allocated)), tuple(each.kernel.pre_run_hooks for each in launches), repeat)
 
 
 def _together(tensors: list[Tensor]) -> tuple[dict[int, int], list[Tensor]]:
@@ -192,11 +186,6 @@ def _together(tensors: list[Tensor]) -> tuple[dict[int, int], list[Tensor]]:
     if len(offsets) < 2:
         return {}, []
     return offsets, [torch.empty(size, dtype=torch.uint8, device=tensors[0].device)]
-
-
-def _taking(places: list[int], alone: bool) -> Callable[[tuple], Any]:
-    take = itemgetter(*places)
-    return take if alone or len(places) > 1 else lambda whole: (take(whole),)
 
 
 def _like(tensor: Tensor) -> Callable[[], Tensor]:
