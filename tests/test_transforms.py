@@ -8,6 +8,7 @@ from conftest import DEVICE
 from operators import random
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlcore import native, ops
 from vlcore.config import preset
@@ -64,9 +65,8 @@ def test_transforms_work_at_any_size(name, size):
     torch.testing.assert_close(grads, torch.stack([gradient(name, z) for z in (x, y)]), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("attention", "rope_attention")])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_forward_mode_keeps_its_tangent(name):
-    """Of torch's fused attention torch has none, and says so."""
     x, tangent = random(2, 300, 64)
     _, wanted = torch.func.jvp(FUNCTIONS[name], (x,), (tangent,))
     with forward_ad.dual_level():
@@ -126,6 +126,26 @@ def test_what_can_be_differentiated_again_is_named():
             torch.autograd.grad(loss(), x, create_graph=True)
     (grad,) = torch.autograd.grad(ops.rms_norm(x, weight, backend="torch").square().sum(), x, create_graph=True)
     assert torch.autograd.grad(grad.sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("operator", [ops.attention, ops.rope_attention])
+@pytest.mark.parametrize("bounds", [None, [0, 3, 3, 4, 9]])
+def test_attention_can_be_differentiated_again(operator, bounds):
+    q, (k, v) = random(1, 9, 4, 8).double().requires_grad_(), random(2, 1, 9, 2, 8).double()
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    places = () if operator is ops.attention else (POSITIONS[:, :9],)
+
+    def attend(q):
+        return operator(q, k, v, *places, causal=True, cu_seqlens=cu_seqlens, backend="torch")
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(attend, q)
+        (grad,) = torch.autograd.grad(attend(q).square().sum(), q, create_graph=True)
+        (wanted,) = torch.autograd.grad(grad.square().sum(), q)
+    q = q.detach()
+    found = torch.func.grad(lambda q: torch.func.grad(lambda q: attend(q).square().sum())(q).square().sum())(q)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.vmap(attend)(q[None])[0], attend(q))
 
 
 def valueless(device):

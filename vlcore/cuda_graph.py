@@ -47,7 +47,8 @@ class CudaGraphs:
             return self._run(tensors)
         form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         if form not in self._called:
-            result = self._run(tensors)
+            # On such tensors as will be captured: of others, a kernel's first launch may be that of another kernel.
+            result = self._run(tuple(map(_copy, tensors)))
             self._called.add(form)
             return result
         if form not in self._graphs:
@@ -89,7 +90,7 @@ class _Graph:
     """The kernels of one call, with the memory that they read the arguments from and leave the result in."""
 
     def __init__(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]):
-        self._given = [tensor.clone() for tensor in tensors]
+        self._given = list(map(_copy, tensors))
         self._launch, self._result = captured(lambda: function(*self._given), tensors[0].device)
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -99,6 +100,11 @@ class _Graph:
                 given.copy_(tensor)
             self._launch()
         return self._result.clone()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """One that looks the same, whatever the strides and the beginning of those of its form."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def captured(function: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:

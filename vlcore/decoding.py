@@ -9,6 +9,7 @@ from vlcore import ops
 from vlcore.config import LlamaConfig
 from vlcore.cuda_graph import CudaGraphs
 from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.models.layers import is_plain
 from vlcore.native import prefer_huge_pages
 from vlcore.ops.decode_block import apply_weight
 
@@ -83,8 +84,16 @@ def next_logits(model: DeepSeekVL, cache: KVCache) -> Callable[[Tensor], Tensor]
     """A step: tokens (B,) int64, each row's newest, which the cache takes in -> logits (B, V) of those behind them.
 
     `KVCache.advance` keeps them there. The weights are those that the model has now, copied where they are of another
-    dtype than it computes in; on a GPU a step is a CUDA graph, and they may not move meanwhile.
+    dtype than it computes in; on a GPU a step is a CUDA graph, and they may not move meanwhile. Where layers are hooked
+    or replaced, LoRA's among them, a step calls them all instead.
     """
+    if not (model.language.is_plain() and is_plain(model.lm_head)):
+
+        def forward(tokens: Tensor) -> Tensor:
+            output = model(tokens[:, None], positions=cache.lengths[:, None], memory=cache, return_logits=False)
+            return model.lm_head(output.hidden[:, 0])
+
+        return forward
     operands, head = model.language.operands(model.compute_dtype), model.lm_head.operand(model.compute_dtype)
 
     def step(tokens: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ VLCORE_INLINE Vec reciprocal(Vec x) {
   return 1.f / x;
 }
 
-// Clamped so that 2^x stays finite: what is left of the sigmoid there is 0 in float32 anyway.
+// 0 where 2^power would not be finite: what is left there may be multiplied by numbers as large.
 template <typename T>
 VLCORE_INLINE Vec sigmoid(Vec x) {
   const Vec power = x * -kLog2E;
-  return reciprocal<T>(1.f + exp2(power > 126.f ? broadcast(126.f) : power));
+  const Vec found = reciprocal<T>(1.f + exp2(power > 127.f ? broadcast(127.f) : power));
+  return power > 127.f ? Vec{} : found;
 }
 
 // silu(gate) * up, of a vector or the first `lanes` of one.

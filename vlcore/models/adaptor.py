@@ -5,11 +5,12 @@ open; ours end at the same width with two layers a token each, so that only the 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.config import VLConfig
-from vlcore.models.layers import Linear
+from vlcore.models.layers import Linear, are_plain, linear
 
 
 def make_adaptor(config: VLConfig) -> nn.Module:
@@ -46,6 +47,8 @@ class HybridAdaptor(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (I, T, C_low), high (I, T, C_high) -> (I, T, D)."""
         maps = (self.high, self.low, self.out)
+        if not are_plain(*maps):
+            return self.out(F.gelu(torch.cat((self.high(high), self.low(low)), -1)))
         return ops.hybrid_adaptor(high, low, *(p.to(low.dtype) for m in maps for p in (m.weight, m.bias)))
 
 
@@ -59,7 +62,7 @@ class MlpAdaptor(nn.Module):
 
     def forward(self, low: Tensor, high: None = None) -> Tensor:
         """low (I, T, C) -> (I, T, D)."""
-        return self.fc2(self.fc1(low, activation="gelu"))
+        return self.fc2(linear(self.fc1, low, gelu=True))
 
 
 class SharedAdaptor(nn.Module):

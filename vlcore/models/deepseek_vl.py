@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.config import PARTS, VLConfig
 from vlcore.models.adaptor import make_adaptor
-from vlcore.models.layers import Linear
+from vlcore.models.layers import Linear, is_plain
 from vlcore.models.llama import Llama, Memory
 from vlcore.models.packing import IGNORED, pack, restarting_positions, shifted_labels, unpack
 from vlcore.models.vision import TowerFeatures, Vision
@@ -223,6 +224,9 @@ class DeepSeekVL(nn.Module):
             raise ValueError(
                 f"All {targets.numel()} labels are masked ({IGNORED}), so there is no mean loss: nothing is supervised."
             )
+        if not is_plain(self.lm_head):
+            logits = self.lm_head(hidden).flatten(0, -2).float()
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
         weight = self.lm_head.operand(hidden.dtype)
         if isinstance(weight, ops.QuantizedWeight):
             weight = weight.dequantize(hidden.dtype)

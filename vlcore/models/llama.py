@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.config import LlamaConfig
-from vlcore.models.layers import Embedding, Linear, RMSNorm, SideBySide, run_block
+from vlcore.models.layers import Embedding, Linear, RMSNorm, SideBySide, are_plain, run_block
 
 
 class Memory(Protocol):
@@ -53,6 +53,10 @@ class Llama(nn.Module):
             arguments = (x, residual, positions, cu_seqlens, memory)
             x, residual = run_block(layer, *arguments, recompute=self.activation_checkpointing)
         return self.norm(x, residual)[0]
+
+    def is_plain(self) -> bool:
+        """Whether `decode`, which calls no layer, computes what `forward` does; see `layers.is_plain`."""
+        return are_plain(self, self.norm, *(module for layer in self.layers for module in layer.modules()))
 
     def operands(self, dtype: torch.dtype) -> list[ops.BlockWeights]:
         """The layers' weights for `decode`, which takes a token each time: copies where they are of another dtype."""

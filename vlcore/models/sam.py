@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.config import SamConfig
-from vlcore.models.layers import Conv2d, LayerNorm, Linear, Mlp, PatchEmbedding, normalized, run_block
+from vlcore.models.layers import (
+    Conv2d,
+    LayerNorm,
+    Linear,
+    Mlp,
+    PatchEmbedding,
+    is_plain,
+    linear,
+    normalized,
+    run_block,
+)
 
 NECK_EPS = 1e-6  # of the public code, whatever the blocks' eps is
 
@@ -78,11 +88,11 @@ class SamAttention(nn.Module):
             # The public model pads the normed map with zeros, so a padded position's q, k and v are the bias.
             padding = self.qkv.bias.to(x.dtype).view(heads)
             attended = ops.window_attention(qkv_BYX3HD, padding, rel_pos_h, rel_pos_w, self.window)
-            return self.proj(attended, residual=residual)
+            return linear(self.proj, attended, residual=residual)
         grid = (x.shape[1], x.shape[2])
         q_BHTD, k_BHTD, v_BHTD = qkv_BYX3HD.flatten(1, 2).permute(2, 0, 3, 1, 4)
         attended_BHTD = ops.rel_pos_attention(q_BHTD, k_BHTD, v_BHTD, rel_pos_h, rel_pos_w, grid)
-        return self.proj(attended_BHTD.transpose(1, 2).flatten(2).view(x.shape), residual=residual)
+        return linear(self.proj, attended_BHTD.transpose(1, 2).flatten(2).view(x.shape), residual=residual)
 
 
 class Neck(nn.Module):
@@ -97,6 +107,10 @@ class Neck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, Y, X, in_channels) -> (B, channels, Y, X)."""
-        x = self.norm1(ops.linear(x, self.conv1.weight.flatten(1).to(x.dtype)))
+        if is_plain(self.conv1):
+            x = ops.linear(x, self.conv1.weight.flatten(1).to(x.dtype))
+        else:
+            x = self.conv1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.norm1(x)
         x = self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.norm2(x).permute(0, 3, 1, 2)

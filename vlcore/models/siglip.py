@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.config import SiglipConfig
-from vlcore.models.layers import LayerNorm, Linear, Mlp, PatchEmbedding, normalized, run_block
+from vlcore.models.layers import LayerNorm, Linear, Mlp, PatchEmbedding, linear, normalized, run_block
 
 
 class Siglip(nn.Module):
@@ -67,4 +67,4 @@ class SiglipAttention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x, residual (I, T, C) -> (I, T, C), the residual added."""
         q_BTHD, k_BTHD, v_BTHD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(ops.attention(q_BTHD, k_BTHD, v_BTHD).flatten(2), residual=residual)
+        return linear(self.proj, ops.attention(q_BTHD, k_BTHD, v_BTHD).flatten(2), residual=residual)

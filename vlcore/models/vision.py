@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from vlcore import ops
 from vlcore.config import SamConfig, VLConfig
-from vlcore.models.layers import Conv2d, is_frozen
+from vlcore.models.layers import Conv2d, are_plain, is_frozen
 from vlcore.models.sam import Sam
 from vlcore.models.siglip import Siglip
+from vlcore.ops.downsample_features import resized
 
 
 class TowerFeatures(NamedTuple):
@@ -67,5 +68,7 @@ class Downsample(nn.Module):
 
     def forward(self, detail: Tensor, skip: Tensor) -> Tensor:
         """detail, skip (I, C, Y, X) -> (I, grid * grid, 4 C), row-major."""
+        if not are_plain(self.conv1, self.conv2):
+            return self.conv2(self.conv1(resized(detail, skip, self.alpha, self.size))).flatten(2).transpose(1, 2)
         conv1, conv2 = self.conv1.weight.to(detail.dtype), self.conv2.weight.to(detail.dtype)
         return ops.downsample_features(detail, skip, self.alpha, conv1, conv2, self.size)

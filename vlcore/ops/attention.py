@@ -1,5 +1,7 @@
 """Softmax attention, softmax(q k^T * scale) v: causal, grouped, packed; and what operators that attend share."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,8 @@ from vlcore.ops.dispatch import (
     statistics,
 )
 
+# What has second derivatives: torch's fused attention has none.
+AGAIN = 'backend="torch" within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)'
 # The widest head that a program of Triton's holds.
 MAX_HEAD_DIM = 128
 # As many tiles of 16 tokens as an axis of a grid of programs has places.
@@ -52,18 +56,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, 
         if num_queries > 1:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
             mask = ones.tril(num_keys - num_queries)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if is_transformed():
+        return _attend_by_products(q, k, v, causal, scale, mask).transpose(1, 2)
     # Comparing sizes that are symbols in a graph gives a bool only once a branch asks for it.
-    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        **grouped,
-    )
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)
+
+
+def _attend_by_products(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, mask: Tensor | None
+) -> Tensor:
+    """What torch's fused attention computes, on (B, H, T, D), in functions of which torch knows the batches and all
+    derivatives."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+    return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
 
 
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths: list[int]) -> Tensor:
@@ -185,7 +199,7 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, instead=AGAIN)
     def backward(ctx, grad_out):
         grads = attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
         return *grads, None, None

@@ -26,12 +26,16 @@ def downsample_features_reference(
     return _through_convs(detail, skip, alpha, conv1_weight, conv2_weight, size)[0]
 
 
-def _through_convs(detail, skip, alpha, conv1_weight, conv2_weight, size) -> tuple[Tensor, Tensor]:
+def resized(detail: Tensor, skip: Tensor | None, alpha: Tensor | None, size: int) -> Tensor:
+    """What the convolutions read, (B, C, size, size)."""
     merged = detail.to(torch.promote_types(detail.dtype, torch.float32))
-    if skip is not None:
+    if skip is not None and alpha is not None:
         merged = torch.addcmul(merged, skip.to(merged.dtype), alpha.to(merged.dtype))
-    resized = F.interpolate(merged, size=(size, size), mode="bilinear", align_corners=False).to(detail.dtype)
-    hidden = F.conv2d(resized, conv1_weight, stride=2, padding=1)
+    return F.interpolate(merged, size=(size, size), mode="bilinear", align_corners=False).to(detail.dtype)
+
+
+def _through_convs(detail, skip, alpha, conv1_weight, conv2_weight, size) -> tuple[Tensor, Tensor]:
+    hidden = F.conv2d(resized(detail, skip, alpha, size), conv1_weight, stride=2, padding=1)
     return F.conv2d(hidden, conv2_weight, stride=2, padding=1).flatten(2).transpose(1, 2), hidden
 
 

@@ -182,7 +182,7 @@ def _cpp_worthwhile(hidden: Tensor, weight: Tensor, labels: Tensor) -> bool:
 def _cpp_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, needs_weight):
     supervised = (labels != ignore_index).nonzero()[:, 0]
     x, label = hidden, labels.long()
-    scale = torch.ones(labels.shape) if row_scale is None else row_scale
+    scale = torch.ones(labels.shape, dtype=torch.float32) if row_scale is None else row_scale
     if len(supervised) < len(labels):
         x, label, scale = x[supervised], label[supervised], scale[supervised]
     grad_x = torch.empty_like(x) if needs_hidden else hidden.new_empty(0)
@@ -190,14 +190,14 @@ def _cpp_forward(hidden, weight, labels, row_scale, ignore_index, needs_hidden, 
     # The gradient of the weight is written last. Until then it has room for the logits if there are fewer rows than
     # each is wide; if not, the logits are computed twice.
     kept = grad_weight.view(-1) if needs_weight and x.shape[0] <= x.shape[1] else None
-    losses, *softmax = torch.empty(3, len(x))
+    losses, *softmax = torch.empty(3, len(x), dtype=torch.float32)
     for rows in _groups(x):
         group = [tensor[rows] for tensor in (x, label, scale, losses, *softmax)]
         _softmax(weight, kept, rows.start, grad_x[rows] if needs_hidden else None, *group)
     if needs_weight:
         _write_grad_weight(x, weight, label, scale, kept, *softmax, grad_weight)
     if len(supervised) < len(labels):
-        losses = torch.zeros(labels.shape).index_copy_(0, supervised, losses)
+        losses = torch.zeros(labels.shape, dtype=torch.float32).index_copy_(0, supervised, losses)
         grad_x = torch.zeros_like(hidden).index_copy_(0, supervised, grad_x) if needs_hidden else grad_x
     return losses, grad_x, grad_weight
 

@@ -1,5 +1,6 @@
 """Rotary positions and softmax attention: softmax(rope(q) rope(k)^T * scale) v, causal, grouped, packed."""
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -10,6 +11,7 @@ from vlcore.kernels import launch
 from vlcore.ops import autocast, checks
 from vlcore.ops.apply_rope import apply_rope, check_positions, rope_tables, rotate
 from vlcore.ops.attention import (
+    AGAIN,
     attention_reference,
     check,
     cpp_backward,
@@ -118,7 +120,7 @@ class RopeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, instead=AGAIN)
     def backward(ctx, grad_out):
         grads = rope_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
         return *grads, None, None, None
