@@ -46,6 +46,22 @@ def test_matches_the_reference(backend, sizes, dtype):
     assert torch.equal(actual[5], given[5])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotates_as_prompts_are_rotated(backend):
+    """Far from the start, where the roundings of an angle are many times those of a key."""
+    length = 8191
+    q, k, v, *caches, lengths = inputs(lengths=(length,), size=length + 1, heads=1, key_heads=1, dim=64)
+    skip_if_refused(KERNELS, backend, q, k, v, *caches, lengths, 1e4, 0.5)
+    for cache in caches:
+        cache.zero_()
+    out = ops.decode_attention(q, k, v, *caches, lengths, backend=backend)
+    query, key = (ops.apply_rope(x, lengths[:, None], backend="torch") for x in (q, k))
+    torch.testing.assert_close(caches[0][:, -1:], key, rtol=1e-6, atol=1e-6)
+    # All other keys and values are 0.
+    weight = (query * key).sum().mul(64**-0.5).exp()
+    torch.testing.assert_close(out, v * weight / (weight + length), rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (4, 2), (12, 3), (6, 2), (8, 1)])

@@ -1,4 +1,6 @@
 // Attention of one token a row over the caches, in pieces that threads share. Read once per level.
+#include "cpu/rotary.h"
+
 namespace vlcore::VLCORE_LEVEL {
 
 // A row's keys are split into parts that depend on its length alone, so that sums depend neither on the number of
@@ -49,13 +51,10 @@ class DecodeHeads {
     statistics_.resize(2 * num_parts() * shape.heads);
     sums_.resize(num_parts() * shape.heads * shape.head_dim);
     scratch_.resize(num_parts() * shape.heads * (shape.head_dim + kKeysOfPart));
-    const double ratio = half_ ? std::pow(theta, -1. / half_) : 1.;
+    const std::vector<float> frequencies = rotary_frequencies(theta, shape.head_dim);
     for (int64_t row = 0; row < shape.batch; ++row) {
-      double angle = lengths[row];
-      for (int64_t i = 0; i < half_; ++i, angle *= ratio) {
-        turns_[row * 2 * half_ + i] = static_cast<float>(std::cos(angle));
-        turns_[(row * 2 + 1) * half_ + i] = static_cast<float>(std::sin(angle));
-      }
+      float* cosines = turns_.data() + row * 2 * half_;
+      rotary_angles(lengths[row], frequencies, cosines, cosines + half_);
     }
   }
 
@@ -74,7 +73,7 @@ class DecodeHeads {
     float* scores = rotated + heads * dim;
     for (int64_t head = 0; head < heads; ++head) {
       // Scores are kept times log2(e), for exp2.
-      rotate(q + (row * heads + head) * dim, row, scale_ * kLog2E, rotated + head * dim);
+      turn(q + (row * heads + head) * dim, row, scale_ * kLog2E, rotated + head * dim);
     }
     each_head(key_cache + row_at, begin, end, [&](auto count, int64_t head, int64_t key, const T* from) VLCORE_INLINED {
       float* to = scores + head * kKeysOfPart + key;
@@ -136,22 +135,17 @@ class DecodeHeads {
     for (int64_t d = 0; d < shape_.head_dim; d += 64 / sizeof(T)) __builtin_prefetch(head + d, 0, 2);
   }
 
-  // Rotates a head to its row's position: the pairs are its two halves.
-  void rotate(const T* head, int64_t row, float factor, float* to) const {
-    const float *cosines = turns_.data() + row * 2 * half_, *sines = cosines + half_;
-    for_vecs(half_, [&](int64_t i, auto lanes) VLCORE_INLINED {
-      const Vec first = load(head + i, lanes), second = load(head + half_ + i, lanes);
-      const Vec cosine = load(cosines + i, lanes), sine = load(sines + i, lanes);
-      store(to + i, (first * cosine - second * sine) * factor, lanes);
-      store(to + half_ + i, (second * cosine + first * sine) * factor, lanes);
-    });
+  // Turns a head to its row's position.
+  void turn(const T* head, int64_t row, float factor, float* to) const {
+    const float* cosines = turns_.data() + row * 2 * half_;
+    rotate(head, cosines, cosines + half_, half_, 1.f, factor, to);
   }
 
   void append(int64_t row, const T* k, const T* v, T* key_cache, T* value_cache) {
     const int64_t dim = shape_.head_dim, size = shape_.kv_heads * dim, to = lengths_[row] * shape_.token_stride;
     float* key = scratch_.data() + (first_part_[row + 1] - 1) * shape_.heads * (dim + kKeysOfPart);
     for (int64_t head = 0; head < shape_.kv_heads; ++head) {
-      rotate(k + row * size + head * dim, row, 1.f, key);
+      turn(k + row * size + head * dim, row, 1.f, key);
       for_vecs(dim, [&](int64_t d, auto lanes)
                         VLCORE_INLINED { store(key_cache + to + head * dim + d, load(key + d, lanes), lanes); });
     }

@@ -1,8 +1,11 @@
 // Decoding attention in one launch: a cluster of blocks shares the cached tokens of a few heads that read the same
 // keys, each block attends over its part of them, and the first one joins the parts through their shared memories.
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cuda/device.h"
+#include "rotary_frequencies.h"
 
 namespace vlcore::cuda {
 namespace {
@@ -28,8 +31,8 @@ struct Step {
   bool long_lengths;
   // What a score is multiplied by to be an exponent of 2.
   float scale;
-  // Of each pair of a head, the turns that a position adds.
-  double turns[kMaxHeadDim / 2];
+  // Of each pair of a head, what a position is multiplied by to be its angle.
+  float frequencies[kMaxHeadDim / 2];
 };
 
 // exp2(x - largest), where nothing has been seen yet if both are -inf.
@@ -144,8 +147,8 @@ __device__ void rotate(const T* x, int heads, const Step& step, int64_t position
   constexpr int kPairs = kHeadDim / 2;
   for (int i = threadIdx.x; i < heads * kPairs; i += kThreads) {
     const int head = i / kPairs, pair = i % kPairs;
-    // Whole turns are taken off in float64: what is left of a long way is as exact as of a short one.
-    const double turns = static_cast<double>(position) * step.turns[pair];
+    // An angle is rounded as in every other kernel, and then whole turns are taken off in float64.
+    const double turns = static_cast<double>(static_cast<float>(position) * step.frequencies[pair]) * (1 / (2 * kPi));
     float sine, cosine;
     sincospif(2.f * static_cast<float>(turns - rint(turns)), &sine, &cosine);
     const float first = to_float(x[head * kHeadDim + pair]), second = to_float(x[head * kHeadDim + pair + kPairs]);
@@ -307,9 +310,8 @@ void decode_attention_forward(const void* q, const void* k, const void* v, void*
   step.heads = static_cast<int>(heads), step.kv_heads = static_cast<int>(kv_heads);
   step.long_lengths = length_bytes == 8;
   step.scale = scale * kLog2E;
-  const double ratio = std::pow(theta, -2.0 / static_cast<double>(head_dim));
-  step.turns[0] = 1 / (2 * kPi);
-  for (int pair = 1; pair < head_dim / 2; ++pair) step.turns[pair] = step.turns[pair - 1] * ratio;
+  const std::vector<float> frequencies = rotary_frequencies(theta, head_dim);
+  std::copy(frequencies.begin(), frequencies.end(), step.frequencies);
   for_type(queue.dtype, [&](auto type) {
     using T = decltype(type);
     if (row_stride * sizeof(T) % 16 || token_stride * sizeof(T) % 16) {

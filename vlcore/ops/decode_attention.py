@@ -8,7 +8,7 @@ from vlcore import native
 from vlcore.kernels import launch
 from vlcore.ops import autocast, checks
 from vlcore.ops.apply_rope import rope_tables, rotate
-from vlcore.ops.attention import MAX_HEAD_DIM
+from vlcore.ops.attention import MAX_HEAD_DIM, MAX_TRITON_TOKENS
 from vlcore.ops.dispatch import AUTO, Kernel, choose, define, remembered, written
 
 
@@ -173,6 +173,9 @@ def _triton_refusals(q, k, v, key_cache, value_cache, lengths, theta, scale) -> 
     reasons = {
         f"a head of {q.shape[3]} is not in 1..{MAX_HEAD_DIM}": not 1 <= q.shape[3] <= MAX_HEAD_DIM,
         "it needs caches whose heads are contiguous": (key_cache.stride(3), value_cache.stride(3)) != (1, 1),
+        f"a cache of {key_cache.shape[1]} tokens has more than {MAX_TRITON_TOKENS}": (
+            key_cache.shape[1] > MAX_TRITON_TOKENS
+        ),
     }
     return launch.dot_refusals(q) + [reason for reason, applies in reasons.items() if applies]
 
