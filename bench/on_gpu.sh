@@ -35,6 +35,8 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 { read -r results && read -r architecture; } < <("$python" -m vlcore.bench.record --begin "$folder" --device "$device")
 [[ $results ]] || exit 2
 
+group=""
+trap '[[ $group ]] && kill -KILL -- "-$group" 2>/dev/null; exit 130' INT TERM
 failed=()
 # step NAME LIMIT COMMAND...: one of the steps, if it was chosen; the limit is in seconds.
 step() {
@@ -43,9 +45,16 @@ step() {
     [[ " ${chosen[*]} record " == *" $step "* ]] || return 0
     echo "== $step, at most $limit s: $*"
     [[ $dry_run ]] && return 0
-    # Interrupted, pytest still tells what failed. It would not get to it if its workers were interrupted too.
-    timeout --foreground --signal=INT --kill-after=10 "$limit" "$@"
+    # A group of its own, which only job control starts with SIGINT as it is. Interrupted, pytest still tells what
+    # failed; it would not get to it if its workers were interrupted too.
+    set -m
+    timeout --foreground --signal=INT --kill-after=10 "$limit" "$@" &
+    group=$!
+    set +m
+    wait "$group"
     status=$?
+    # What a step leaves behind would take the next one's cores, and keep the log open.
+    kill -KILL -- "-$group" 2>/dev/null
     echo "== $step: status $status after $((SECONDS - begin)) s"
     ((status == 0)) || failed+=("$step")
 }
@@ -62,7 +71,7 @@ bench=("$python" -m vlcore.cli bench --device "$device" --dtype bfloat16 --json 
 
 {
     # For this GPU only.
-    CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 90 "$python" setup.py -q build_ext --inplace
+    CFLAGS=-w VLCORE_CUDA_ARCHS=$architecture step build 95 "$python" setup.py -q build_ext --inplace -j2
     # A thread each, or they would be in each other's way. Left out is what runs on a CPU alone, or needs a network.
     OMP_NUM_THREADS=1 step tests 140 "$python" -m pytest -q --tb=short --junit-xml="$folder/tests.xml" \
         "${on_a_cpu[@]/#/--ignore=tests/}" "${spread[@]}"

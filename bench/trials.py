@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from importlib import import_module
@@ -100,6 +100,13 @@ def reached(operators: Sequence[str], pool: Executor) -> dict[Entry, list[Run]]:
         return not is_benched, operators.index(by_entry[entry][0].operator), entry.operator, kernel, entry.index
 
     return {entry: _told_apart(by_entry[entry]) for entry in sorted(by_entry, key=order)}
+
+
+def compile_benched(runs: Iterable[Run], pool: Executor) -> None:
+    """What the benches among the runs launch, on all cores, into Triton's cache on disk: the benches, which are timed
+    one after another, find it there."""
+    here = launch.architecture(torch.cuda.current_device()), _capability()
+    wait([pool.submit(spills, run, *here) for run in runs if run.is_benched], PATIENCE)
 
 
 def _told_apart(runs: list[Run]) -> list[Run]:

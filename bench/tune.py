@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
 
 from vlcore.bench.command import benched
 from vlcore.bench.launches import Entry
-from vlcore.bench.trials import Settings, Trial, on_this_gpu, reached
+from vlcore.bench.trials import Settings, Trial, compile_benched, on_this_gpu, reached
 from vlcore.kernels import launch
 
 # Where a model's time goes on a GPU comes before the others.
@@ -163,12 +163,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"There are no operators {sorted(strays)} that have a bench.")
     if not torch.cuda.is_available() or launch.INTERPRETED or not launch.AVAILABLE:
         parser.error("Launches are tuned on a GPU, by Triton and not by its interpreter; this process has none.")
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
+    try:
         operators = arguments.operators or sorted(benched(), key=lambda name: (*FIRST, name).index(name))
         runs = reached(operators, pool)
+        compile_benched({run for its in runs.values() for run in its}, pool)
         trials = {entry: partial(on_this_gpu, entry, its, pool) for entry, its in runs.items()}
         for line in tuned(trials, Path(launch.__file__).parent, end):
             print(line, flush=True)
+    finally:
+        # Compilations that nobody waits for any more can take a minute.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in active_children():
+            worker.kill()
     return 0
 
 

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_a_failed_step_stops_no_other_and_is_told(tmp_path):
     assert "== tests: status 1" in done.stdout and "== failed: tests" in done.stdout
     assert (tmp_path / "out" / "log.txt").read_text() == done.stdout
     assert read(tmp_path / "out" / "cpu.json").made_by["commit"] == "abc"
+
+
+def test_what_a_step_leaves_behind_is_ended_with_it(tmp_path):
+    """The log is whole when all that writes to it is gone."""
+    stand_in = tmp_path / "python"
+    leave = 'if "vlcore.bench.tune" in arguments:\n    import subprocess\n    subprocess.Popen(["sleep", "300"])\n'
+    stand_in.write_text(STAND_IN.format(python=sys.executable).replace("sys.exit(", leave + "sys.exit("))
+    stand_in.chmod(0o755)
+    begin = time.monotonic()
+    done = on_gpu(tmp_path / "out", python=stand_in)
+    assert [*commands(done.stdout)] == STEPS and time.monotonic() - begin < 100
 
 
 def test_an_unknown_option_is_named():
