@@ -186,6 +186,24 @@ def test_never_holds_the_logits(backend, dtype, share, needs):
     assert 0 < most < gradients + rows * vocabulary * 4 * share, f"{most:,} bytes, {gradients:,} of them gradients"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_probabilities_are_not_lost_to_float16(backend):
+    """Of a mean over many rows, that a loss scale is to bring back into float16's range."""
+    hidden, weight, labels = inputs(1024, width=16, vocabulary=4096, ignored=0.1, dtype=torch.float16)
+    hidden *= 0.1
+    skip_if_refused(KERNELS, backend, hidden, weight, labels)
+
+    def gradients(loss, *given):
+        given = [tensor.detach().requires_grad_() for tensor in given]
+        return torch.autograd.grad(loss(*given, labels) * 65536, given)
+
+    truth = gradients(linear_cross_entropy_reference, hidden.double(), weight.double())
+    torchs = gradients(linear_cross_entropy_reference, hidden, weight)
+    for found, known, exact in zip(gradients(reduced("mean", backend), hidden, weight), torchs, truth, strict=True):
+        error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (found, known))
+        assert error <= 2 * allowed
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 65536.0), (torch.bfloat16, 1 / 1000)])
 @pytest.mark.parametrize("backend", BACKENDS)

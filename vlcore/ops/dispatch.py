@@ -120,7 +120,13 @@ def _describe(argument) -> str:
     return repr(argument)
 
 
-def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake: Callable) -> Callable:
+def define(
+    schema: str,
+    kernels: Mapping[str, Kernel],
+    run_torch: Callable,
+    fake: Callable,
+    tags: Sequence[torch.Tag] = (),
+) -> Callable:
     """Declare vlcore::<schema> to torch, opaque to torch.compile, and return what calls it.
 
     torch.library.custom_op would do the same at about four times the cost of a call. Where nobody watches, the kernel
@@ -135,6 +141,7 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
         kernels: read at each call.
         run_torch: takes the arguments less the backend, and computes it where that is "torch".
         fake: takes the arguments, and only gives the shapes.
+        tags: what else torch is to know of it.
     """
     name = schema.split("(")[0]
     direction = name.rpartition("_")[2]
@@ -156,7 +163,7 @@ def define(schema: str, kernels: Mapping[str, Kernel], run_torch: Callable, fake
             return tuple(statistics(first, (0,), TORCH) if output is None else output for output in outputs)
         return outputs
 
-    _library.define(schema)
+    _library.define(schema, tags=tags)
     _library.impl(name, run_for_torch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlcore::{name}", fake, lib=_library)
     # Calling torch.ops.vlcore.<name> itself would look for the overload each time, at twice the cost of the call.

@@ -109,6 +109,11 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, re
             raise ValueError(f"linear_cross_entropy: {given} {known}.")
 
 
+# What float16 keeps the gradients of a mean times at most, until that of the loss is known: a word's probability over
+# thousands of rows is below its range, from which a loss scale would bring back nothing.
+RAISED = 256.0
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` through its torch op, on hidden (R, D) and labels (R,).
 
@@ -119,16 +124,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, needs_hidden, needs_weight, ignore_index, reduction, backend):
         hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
-        needs, row_scale = (needs_hidden, needs_weight), None
+        needs, row_scale, raised = (needs_hidden, needs_weight), None, None
         ctx.needs, ctx.ignore_index, ctx.backend = needs, ignore_index, backend
         ctx.reduced = reduction != "none"
         if reduction == "mean":
             count = (labels != ignore_index).sum().to(torch.promote_types(hidden.dtype, torch.float32))
-            row_scale = count.reciprocal().expand(labels.shape).contiguous()
+            raised = count.clamp(1, RAISED) if hidden.dtype == torch.float16 else None
+            row_scale = ((1.0 if raised is None else raised) / count).expand(labels.shape).contiguous()
         losses, *grads = linear_cross_entropy_forward(
             hidden, weight, labels, row_scale, ignore_index, *(needs if ctx.reduced else (False, False)), backend
         )
-        ctx.save_for_backward(*(grads if ctx.reduced else (hidden, weight, labels)))
+        ctx.save_for_backward(*(grads if ctx.reduced else (hidden, weight, labels)), raised)
         if reduction == "none":
             return losses
         return losses.sum() if reduction == "sum" else losses.sum() / count
@@ -136,11 +142,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @partial(once_differentiable, instead="F.cross_entropy of F.linear")
     def backward(ctx, grad_loss):
+        *saved, raised = ctx.saved_tensors
         if ctx.reduced:
-            grads = _scaled(ctx.saved_tensors, grad_loss, ctx.backend)
+            grads = _scaled(saved, grad_loss if raised is None else grad_loss / raised, ctx.backend)
         else:
             _, *grads = linear_cross_entropy_forward(
-                *ctx.saved_tensors, grad_loss.contiguous(), ctx.ignore_index, *ctx.needs, ctx.backend
+                *saved, grad_loss.contiguous(), ctx.ignore_index, *ctx.needs, ctx.backend
             )
         grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)]
         return *grads, None, None, None, None, None, None
@@ -311,4 +318,5 @@ linear_cross_entropy_forward = define(
     KERNELS,
     _torch_forward,
     fake=_fake_forward,
+    tags=(torch.Tag.cudagraph_unsafe,),  # it asks how many rows are supervised
 )
