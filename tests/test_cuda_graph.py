@@ -36,6 +36,16 @@ def test_the_second_call_is_captured(graphs, doubled):
 
 
 @torch.no_grad()
+def test_what_is_captured_has_been_prepared_as_it_is(graphs, doubled):
+    """Kernels are compiled for strides and beginnings, which a form says nothing of."""
+    run, x = CudaGraphs(doubled), torch.ones(5, 3)
+    for given in (x[:, :2], x[1:, 1:], x.T[:2].T[:4], x[:4, :2].contiguous()):
+        assert torch.equal(run(given[:4], given[:4]), torch.full((4, 2), 3.0))
+    assert len(graphs) == 1
+    assert all(given.is_contiguous() and given.data_ptr() % 16 == 0 for given in doubled.calls)
+
+
+@torch.no_grad()
 def test_each_form_has_its_graph(graphs, doubled):
     run = CudaGraphs(doubled)
     forms = [torch.ones(3), torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(3, 1)]

@@ -1,5 +1,7 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import DEVICE
 from operators import (
     DTYPES,
     assert_compiles,
@@ -57,6 +59,27 @@ def test_takes_the_halves_of_one_product(backend):
         op = torch.ops.vlcore.swiglu_forward.default
         assert op(gate, up, backend).is_contiguous()
         torch.library.opcheck(op, (gate, up, backend))
+
+
+@pytest.mark.parametrize("level", range(native.level + 1))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_of_any_size(monkeypatch, backend, dtype, level):
+    """Of large negative ones nothing is left, whatever it is multiplied by."""
+    monkeypatch.setattr(native, "level", level)
+    most = torch.finfo(dtype).max
+    gates = torch.tensor([-most, -most / 2, -1e4, -200.0, -89.0, -87.0, -30.0, 0.0, 30.0, 89.0, 1e4], device=DEVICE)
+    gate, up = gates.to(dtype).repeat(4), torch.full((44,), 1e3, dtype=dtype, device=DEVICE)
+    skip_if_refused(KERNELS, backend, gate, up)
+
+    def outcome(function, *given):
+        given = [tensor.clone().requires_grad_() for tensor in given]
+        y = function(*given)
+        return y, *torch.autograd.grad(y, given, torch.full_like(y, 3.0))
+
+    found = outcome(lambda gate, up: ops.swiglu(gate, up, backend=backend), gate, up)
+    for got, wanted in zip(found, outcome(lambda gate, up: F.silu(gate) * up, gate.double(), up.double()), strict=True):
+        torch.testing.assert_close(got.double(), wanted.to(dtype).double(), rtol=1e-2, atol=1e-3)
 
 
 def test_reference_is_the_formula():

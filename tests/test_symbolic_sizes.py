@@ -83,6 +83,17 @@ def test_sizes_that_are_numbers_are_asked():
     assert seen == [False, True] and known(True) and not known(False)
 
 
+@pytest.mark.skipif(native.cpp is None, reason="vlcore was built without its C++ extension")
+def test_a_graph_says_what_it_was_made_for():
+    x = random(33, 64).cpu()
+    exported = torch.export.export(Module("rms_norm").cpu(), (x,)).module()
+    with pytest.raises(ValueError, match=r"rms_norm_forward: the C\+\+ kernels, .* and not in torch.float64"):
+        exported(x.double())
+    if DEVICE != "cpu":
+        with pytest.raises(ValueError, match="vlcore::rms_norm_forward is to run on 'cpp', as when its graph was made"):
+            exported(x.to(DEVICE))
+
+
 def test_the_model_is_exported_for_any_length():
     model = telling_model(siglip_only(preset("tiny"))).to(DEVICE)
     ids = torch.randint(4, 512, (1, 40), device=DEVICE)

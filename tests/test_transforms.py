@@ -65,6 +65,19 @@ def test_transforms_work_at_any_size(name, size):
     torch.testing.assert_close(grads, torch.stack([gradient(name, z) for z in (x, y)]), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_dtype_that_torch_takes_by_default_does_not_matter(name, default):
+    x = random(300, 64)
+    wanted, before = (FUNCTIONS[name](x), gradient(name, x)), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = FUNCTIONS[name](x), gradient(name, x)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_forward_mode_keeps_its_tangent(name):
     x, tangent = random(2, 300, 64)

@@ -67,6 +67,10 @@ _CUDA_DTYPES = {**_DTYPES, torch.float16: 2}
 
 def run_cpp(kernel: str, dtype: torch.dtype, *args) -> None:
     """Call a function of the C++ extension for tensors of a dtype; None crosses as a null pointer."""
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{kernel}: the C++ kernels, which a graph keeps to, compute in {[*_DTYPES]}, and not in {dtype}."
+        )
     # OpenMP keeps a count for each thread that calls it; in a new one, torch sets its own only when it is asked for it.
     torch.get_num_threads()
     getattr(cpp, kernel)(*args, (_DTYPES[dtype], level))

@@ -54,7 +54,7 @@ static void swiglu_backward(const void* grad_y, const void* gate, const void* up
     T *to_gate = static_cast<T*>(grad_gate) + first, *to_up = static_cast<T*>(grad_up) + first;
     for_vecs(std::min(kBlock, size - first), [&](int64_t at, auto lanes) VLCORE_INLINED {
       const Vec value = load(g + at, lanes), s = sigmoid<T>(value), from_y = load(grad + at, lanes);
-      store(to_up + at, from_y * value * s, lanes);
+      store(to_up + at, from_y * (value * s), lanes);
       store(to_gate + at, from_y * load(u + at, lanes) * s * (1.f + value * (1.f - s)), lanes);
     });
   }

@@ -22,6 +22,7 @@ from vlcore.ops import autocast
 
 TORCH = "torch"
 AUTO = "auto"
+CPP = "cpp"
 # Kinds of arguments of one operator; what is forgotten is decided again.
 MAX_KNOWN = 4096
 
@@ -158,6 +159,11 @@ def define(
         return compute(*arguments[:-1])
 
     def run_for_torch(first, *others):
+        # Nobody has chosen it for these tensors: it stands in a graph, which may have been moved since.
+        if others[-1] == CPP and not first.is_cpu:
+            raise ValueError(
+                f"vlcore::{name} is to run on {CPP!r}, as when its graph was made, and is on {first.device}."
+            )
         outputs = run(first, *others)
         if isinstance(outputs, tuple):
             return tuple(statistics(first, (0,), TORCH) if output is None else output for output in outputs)
