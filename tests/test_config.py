@@ -35,6 +35,7 @@ def language(**changes):
         ("language", {"bos_token_id": -1}, "LlamaConfig: bos_token_id -1 is not in a vocabulary of 512"),
         ("language", {"eos_token_id": 512}, "LlamaConfig: eos_token_id 512 is not in a vocabulary of 512"),
         ("language", {"pad_token_id": 600}, "LlamaConfig: pad_token_id 600 is not in a vocabulary of 512"),
+        ("language", {"other_eos_token_ids": (7, 512)}, r"LlamaConfig: other_eos_token_ids \(7, 512\) is not in a"),
     ],
 )
 def test_a_part_refuses_what_cannot_work(part, changes, message):

@@ -139,6 +139,15 @@ def test_each_row_stops_at_its_own_eos(model, processor, monkeypatch):
     assert len(logits) == 4
 
 
+def test_a_row_stops_at_any_of_the_ids_that_end_an_answer(model, processor, monkeypatch):
+    (a, b, other), eos = processor.encode_text("abc"), processor.control.eos
+    language = dataclasses.replace(TINY.language, other_eos_token_ids=(other,))
+    monkeypatch.setattr(model, "config", dataclasses.replace(TINY, language=language))
+    logits = scripted(monkeypatch, [[a, other, b, b], [b, a, b, eos], [other, a, a, a], [a, a, eos, a]])
+    assert generate(model, processor, CONVERSATIONS, 99) == ["a", "bab", "", "aa"]
+    assert len(logits) == 4
+
+
 def test_rows_go_on_undisturbed_after_others_have_ended(model, processor, monkeypatch):
     expected = greedy_without_cache(model, processor, CONVERSATIONS[0], 8)
     choose, calls = Sampling.choose, []

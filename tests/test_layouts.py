@@ -180,6 +180,31 @@ def test_bos_and_eos_1_and_2_are_wrong_with_deepseeks_vocabulary_only():
     assert (language.bos_token_id, language.eos_token_id, language.pad_token_id) == (1, 7, 7)
 
 
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_all_the_ids_that_end_an_answer_are_read_and_written(layout, tmp_path):
+    config = preset("tiny")
+    several = dataclasses.replace(config, language=dataclasses.replace(config.language, other_eos_token_ids=(7, 8)))
+    raw = layouts.config_to_dict(several, layout)
+    assert layouts.config_from_dict(raw) == several
+    text = raw["text_config" if layout == "transformers" else "language_config"]
+    assert text["eos_token_id"] == [2, 7, 8]
+    text["eos_token_id"] = [2, 7]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    for ends, others in [(None, (7,)), (2, (7,)), (8, (7, 8)), ([8, 2, 7], (7, 8))]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": ends}))
+        assert layouts.read_config(tmp_path).language.other_eos_token_ids == others
+    for ends, message in [("end", "eos_token_id is 'end'; it should be int"), (512, r"other_eos_token_ids \(7, 512\)")]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        with pytest.raises(ValueError, match=f"generation_config.json: .*{message}"):
+            layouts.read_config(tmp_path)
+
+
+def test_a_generation_config_does_not_bring_back_the_wrong_ids_of_deepseeks_vocabulary(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["deepseek_vl_1_3b"]))
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    assert layouts.read_config(tmp_path) == preset("deepseek_vl_1_3b")
+
+
 def test_older_fields_of_transformers_are_understood():
     config = transformers_config()
     del config["text_config"]["rope_parameters"], config["text_config"]["head_dim"]

@@ -108,7 +108,11 @@ class SamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The language model. The defaults are DeepSeek-LLM's where the public configs leave them out."""
+    """The language model. The defaults are DeepSeek-LLM's where the public configs leave them out.
+
+    Attributes:
+        other_eos_token_ids: end an answer as eos_token_id does, which is the one that training sets behind it.
+    """
 
     vocab_size: int = 102400
     hidden_size: int = 2048
@@ -124,11 +128,13 @@ class LlamaConfig:
     bos_token_id: int = 100000
     eos_token_id: int = 100001
     pad_token_id: int = 100001
+    other_eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_positions", "rope_theta", "rms_norm_eps")
         _check_positive(self, *sizes, "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        _check_in_vocabulary(self, self.vocab_size, "bos_token_id", "eos_token_id", "pad_token_id")
+        special = ("bos_token_id", "eos_token_id", "pad_token_id", "other_eos_token_ids")
+        _check_in_vocabulary(self, self.vocab_size, *special)
         _check_divides("LlamaConfig", "num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
         if self.head_dim % 2:
             raise ValueError(f"LlamaConfig: head_dim {self.head_dim} is odd; rotary positions turn pairs.")
@@ -195,8 +201,9 @@ def _check_positive(config: Any, *names: str) -> None:
 
 def _check_in_vocabulary(config: Any, vocab_size: int, *names: str) -> None:
     for name in names:
-        if not 0 <= (token_id := getattr(config, name)) < vocab_size:
-            raise ValueError(f"{type(config).__name__}: {name} {token_id} is not in a vocabulary of {vocab_size}.")
+        value = getattr(config, name)
+        if any(not 0 <= token_id < vocab_size for token_id in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{type(config).__name__}: {name} {value} is not in a vocabulary of {vocab_size}.")
 
 
 def tiny() -> VLConfig:

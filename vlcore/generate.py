@@ -69,7 +69,8 @@ def generate(
     """Answer a conversation, or a list of them at once.
 
     Prompts of different lengths are packed, so that a row of a batch is computed as it would be alone. A row ends with
-    EOS or after `max_new_tokens`. Image placeholders, and ids that the tokenizer has no token for, are never chosen.
+    EOS, with one of the configuration's `other_eos_token_ids`, or after `max_new_tokens`. Image placeholders, and ids
+    that the tokenizer has no token for, are never chosen.
 
     Args:
         model: on any device; it is run in eval mode, and left in the mode it was in.
@@ -143,6 +144,7 @@ def _answer(
     emit: Callable[[int, str], None] | None,
 ) -> list[str]:
     device, end = prompts.input_ids.device, processor.control.eos
+    ends = torch.tensor([end, *model.config.language.other_eos_token_ids], device=device)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     num_rows, capacity = len(prompts.lengths), max(prompts.lengths) + max_new_tokens
     cache = KVCache(model.config.language, num_rows, capacity, model.compute_dtype, device)
@@ -155,7 +157,7 @@ def _answer(
     logits = model.lm_head(_prefill(model, prompts, cache))
     for num_tokens in range(1, max_new_tokens + 1):
         tokens = sampling.choose(logits.masked_fill(impossible, -math.inf), seen, generator)
-        running = running & (tokens != end)
+        running = running & ~torch.isin(tokens, ends)
         # The one place where the host waits for the device.
         ids = tokens.where(running, end).tolist()
         for row, token in enumerate(ids):

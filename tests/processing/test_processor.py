@@ -184,6 +184,9 @@ def test_save_and_load(processor, directory):
     assert before.input_ids.tolist() == after.input_ids.tolist()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert json.loads((directory / "generation_config.json").read_text()) == ids
+    Processor(processor.tokenizer, replace_language(TINY, other_eos_token_ids=(7,))).save_pretrained(directory)
+    assert json.loads((directory / "generation_config.json").read_text()) == ids | {"eos_token_id": [2, 7]}
+    assert Processor.from_pretrained(directory).config.language.other_eos_token_ids == (7,)
 
 
 def test_a_template_comes_back(processor, directory):

@@ -65,6 +65,12 @@ def test_other_rows_are_refused_and_those_of_stages_not_begun_are_not(go, rows):
     assert len(go("one", "two").stages) == 2
 
 
+def test_what_else_ends_an_answer_makes_no_other_run(go, tmp_path):
+    go("one")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert len(go("one", "two").stages) == 2
+
+
 def test_a_checkpoint_that_knows_neither_is_gone_on_with(go, rows, tmp_path):
     go("one")
     path = tmp_path / "run" / "checkpoints" / "step-00000001-done" / "state.json"

@@ -2,6 +2,7 @@
 
 from vlcore.layouts.configs import config_from_dict, config_to_dict, read_config, read_llama_config
 from vlcore.layouts.files import StoredTensor, read_json, stored_tensors, weight_keys
+from vlcore.layouts.llama_config import eos_to_json
 from vlcore.layouts.shapes import parameters
 from vlcore.layouts.weights import (
     LAYOUTS,
@@ -21,6 +22,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "detect_layout",
+    "eos_to_json",
     "is_never_applied",
     "llama_bindings",
     "parameters",

@@ -6,7 +6,7 @@ from pathlib import Path
 from vlcore.config import LlamaConfig, VLConfig
 from vlcore.layouts.fields import Fields, Json
 from vlcore.layouts.files import read_json, weight_keys
-from vlcore.layouts.llama_config import llama_from_dict
+from vlcore.layouts.llama_config import llama_from_dict, special_ids
 from vlcore.layouts.original_config import from_original, to_original
 from vlcore.layouts.transformers_config import MODEL_TYPES, from_transformers, to_transformers
 from vlcore.layouts.weights import LAYOUTS, ORIGINAL
@@ -18,7 +18,8 @@ def read_config(directory: str | Path) -> VLConfig:
     """The model that a directory's config.json describes, in either layout, whichever layout its weights have.
 
     Whether the head is tied is decided by the weights, where the directory has them: transformers' configs say that
-    it is unless told otherwise, and the released models' is not.
+    it is unless told otherwise, and the released models' is not. What generation_config.json, if there is one, names as
+    the end of an answer ends it too: transformers asks that file first.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -26,7 +27,7 @@ def read_config(directory: str | Path) -> VLConfig:
     """
     directory = Path(directory)
     config = config_from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
-    return dataclasses.replace(config, language=_trust_the_weights(config.language, directory))
+    return dataclasses.replace(config, language=_with_what_lies_beside(config.language, directory))
 
 
 def config_from_dict(raw: Json, where: str = "config.json") -> VLConfig:
@@ -76,13 +77,23 @@ def read_llama_config(directory: str | Path) -> LlamaConfig:
         config = llama_from_dict(Fields(raw, str(file)))
     except ValueError as error:
         raise _located(error, str(file)) from error
-    return _trust_the_weights(config, Path(directory))
+    return _with_what_lies_beside(config, Path(directory))
 
 
-def _trust_the_weights(config: LlamaConfig, directory: Path) -> LlamaConfig:
-    """Untied if there is a weight of the head, whatever the config says."""
+def _with_what_lies_beside(config: LlamaConfig, directory: Path) -> LlamaConfig:
+    """Untied if there is a weight of the head, whatever the config says, and ended by all that ends an answer."""
     keys = weight_keys(directory) or set()
-    return dataclasses.replace(config, tie_embeddings=False) if keys.intersection(HEADS) else config
+    config = dataclasses.replace(config, tie_embeddings=False) if keys.intersection(HEADS) else config
+    file = directory / "generation_config.json"
+    generation = Fields(read_json(file) if file.is_file() else {}, str(file))
+    if generation.raw.get("eos_token_id") is None:
+        return config
+    ends = (*config.other_eos_token_ids, *special_ids(generation, config.vocab_size)[1])
+    others = tuple(dict.fromkeys(token_id for token_id in ends if token_id != config.eos_token_id))
+    try:
+        return dataclasses.replace(config, other_eos_token_ids=others)
+    except ValueError as error:
+        raise _located(error, str(file)) from error
 
 
 def _located(error: ValueError, where: str) -> ValueError:

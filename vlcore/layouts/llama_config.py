@@ -24,7 +24,7 @@ def llama_from_dict(fields: Fields) -> LlamaConfig:
         raise ValueError(f"{rope.where} asks for {kind!r}; this package computes unscaled rotary positions only.")
     vocab_size, hidden_size = fields.get("vocab_size", 32000), fields.get("hidden_size", 4096)
     num_heads = fields.get("num_attention_heads", 32)
-    bos, eos = _special_ids(fields, vocab_size)
+    bos, (eos, *others) = special_ids(fields, vocab_size)
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -40,19 +40,27 @@ def llama_from_dict(fields: Fields) -> LlamaConfig:
         bos_token_id=bos,
         eos_token_id=eos,
         pad_token_id=fields.get("pad_token_id", eos),
+        other_eos_token_ids=tuple(others),
     )
 
 
-def _special_ids(fields: Fields, vocab_size: int) -> tuple[int, int]:
-    """Beginning and end of text; with DeepSeek's vocabulary LlamaConfig's defaults 1 and 2 are wrong, even written."""
-    bos = fields.get("bos_token_id", 1)
-    ends = fields.raw.get("eos_token_id")
-    if isinstance(ends, list) and ends:
-        fields = Fields({"eos_token_id": ends[0]}, fields.where)
-    eos = fields.get("eos_token_id", 2)
-    if vocab_size == DEEPSEEK_VOCABULARY and (bos, eos) == (1, 2):
-        return 100000, 100001
-    return bos, eos
+def special_ids(fields: Fields, vocab_size: int) -> tuple[int, tuple[int, ...]]:
+    """Beginning of text, and the ids that end it, the first of which is the one written behind an answer.
+
+    With DeepSeek's vocabulary LlamaConfig's defaults 1 and 2 are wrong, even written.
+    """
+    bos, default = fields.get("bos_token_id", 1), 2
+    several = isinstance(ends := fields.raw.get("eos_token_id"), list) and ends
+    eos, *others = fields.get("eos_token_id", (default,)) if several else [fields.get("eos_token_id", default)]
+    if vocab_size == DEEPSEEK_VOCABULARY and (bos, eos) == (1, default):
+        bos, eos = 100000, 100001
+    return bos, tuple(dict.fromkeys([eos, *others]))
+
+
+def eos_to_json(config: LlamaConfig) -> int | list[int]:
+    """`eos_token_id` as config.json and generation_config.json have it: a list where several ids end an answer."""
+    others = config.other_eos_token_ids
+    return [config.eos_token_id, *others] if others else config.eos_token_id
 
 
 def llama_to_dict(config: LlamaConfig) -> Json:
@@ -61,7 +69,7 @@ def llama_to_dict(config: LlamaConfig) -> Json:
         "model_type": "llama",
         "attention_bias": False,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": eos_to_json(config),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vlcore.config import VLConfig
-from vlcore.layouts import read_json
+from vlcore.layouts import eos_to_json, read_json
 from vlcore.processing.chat import IMAGE_PLACEHOLDER, ChatTemplate
 from vlcore.processing.images import MIN_SIDE
 from vlcore.processing.writing import replacing_files
@@ -72,7 +72,9 @@ def contents(tokenizer: Tokenizer, config: VLConfig, template: ChatTemplate) -> 
         "processor_class": processor_class,
         PROMPT_KEY: dataclasses.asdict(template),
     }
-    generation_config = {f"{name}_token_id": token_id for name, token_id in ids.items()}
+    generation_config = {f"{name}_token_id": token_id for name, token_id in ids.items()} | {
+        "eos_token_id": eos_to_json(language)
+    }
     return {
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": _json(tokenizer_config),

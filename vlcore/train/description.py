@@ -45,8 +45,11 @@ def describe(config: TrainConfig, model: VLConfig, processor: Processor, weights
             for entry in stage.mixture.entries
         ]
         stages.append(settings)
+    architecture = asdict(model)
+    # Decides where an answer stops, and nothing that is trained.
+    del architecture["language"]["other_eos_token_ids"]
     described = {
-        "model": asdict(model),
+        "model": architecture,
         "weights": weights,
         "tokenizer": hashlib.sha256(processor.tokenizer.to_str().encode()).hexdigest(),
         "template": asdict(processor.template),
