@@ -5,12 +5,14 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 SPELLINGS = {"true": True, "false": False, "none": None, "null": None}
+NUMBERS = {int: Integral, float: Real}
 SCALARS = (bool, int, float, str, NoneType, Path)
 
 
@@ -61,6 +63,28 @@ def apply(config: Any, changes: Sequence[str]) -> Any:
     return config
 
 
+def settle(where: str, settings: Any) -> None:
+    """Give each field of a frozen dataclass the type that it is declared with; for its `__post_init__`.
+
+    What converts exactly does: a list to a tuple, an integer to a float, NumPy's numbers to Python's.
+
+    Args:
+        where: opens the error messages.
+
+    Raises:
+        ValueError: a value is of another type, or none of the words declared.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, kind = getattr(settings, field.name), hints[field.name]
+        found, settled = _match_any(value, kind)
+        if not found:
+            # The quotes around a string say already what it is.
+            given = f"{value!r:.80}" if isinstance(value, str) else f"{value!r:.80} ({type(value).__name__})"
+            raise ValueError(f"{where}: {field.name} is {given}; it must be {_describe(kind)}.")
+        object.__setattr__(settings, field.name, settled)
+
+
 def _replaced(holder: Any, kind: Any, path: Sequence[str], text: str, key: str) -> Any:
     """`holder`, of declared type `kind`, with what `path` leads to replaced by the value that `text` spells."""
     if not path:
@@ -76,7 +100,7 @@ def _replaced(holder: Any, kind: Any, path: Sequence[str], text: str, key: str) 
             return dataclasses.replace(holder, **{name: value})
         except ValueError as error:
             raise ValueError(f"{key}={text}: {error}") from None
-    if isinstance(holder, tuple):
+    if isinstance(holder, (tuple, list)):
         if not name.isdecimal() or int(name) >= len(holder):
             raise ValueError(f"{key}: {name!r} is none of the positions 0 to {len(holder) - 1}.")
         index = int(name)
@@ -85,7 +109,7 @@ def _replaced(holder: Any, kind: Any, path: Sequence[str], text: str, key: str) 
     raise ValueError(f"{key}: {name!r} cannot be looked up in {holder!r}, a {type(holder).__name__}."[:300])
 
 
-def _item_kind(kind: Any, holder: tuple, index: int) -> Any:
+def _item_kind(kind: Any, holder: Sequence[Any], index: int) -> Any:
     options = [option for option in _options(kind) if get_origin(option) is tuple]
     if not options:
         return type(holder[index])
@@ -95,13 +119,12 @@ def _item_kind(kind: Any, holder: tuple, index: int) -> Any:
 
 def _value(text: str, kind: Any, key: str) -> Any:
     """The value of type `kind` that `text` spells."""
-    for candidate in (_literal(text), text):
-        for option in _options(kind):
-            found, value = _match(candidate, option)
-            if found:
-                return value
-    given = _literal(text)
-    raise ValueError(f"{key}: given {text!r} ({type(given).__name__}), but {_describe(kind)} is needed.")
+    for candidate in (_literal(text), text, [_literal(word.strip()) for word in text.split(",")]):
+        found, value = _match_any(candidate, kind)
+        if found:
+            return value
+    given, needed = _literal(text), _describe(kind, " (which only the Python file can set)")
+    raise ValueError(f"{key}: given {text!r} ({type(given).__name__}), but {needed} is needed.")
 
 
 def _literal(text: str) -> Any:
@@ -117,44 +140,54 @@ def _options(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
+def _match_any(value: Any, kind: Any) -> tuple[bool, Any]:
+    """`_match` with the first that it can be of the kinds that a union is of."""
+    matches = (_match(value, option) for option in _options(kind))
+    return next((match for match in matches if match[0]), (False, value))
+
+
 def _match(value: Any, kind: Any) -> tuple[bool, Any]:
     """Whether `value` is, or exactly converts to, a `kind`; and it as one."""
     if get_origin(kind) is Literal:
         return value in get_args(kind), value
     if get_origin(kind) is tuple:
         return _match_tuple(value, get_args(kind))
-    if kind is float and type(value) is int:
-        return True, float(value)
-    if kind is Path and type(value) is str:
+    if get_origin(kind) is Callable:
+        return callable(value), value
+    # To Python, True is an integer.
+    if kind is bool or isinstance(value, bool):
+        return kind is type(value), value
+    if kind in NUMBERS and isinstance(value, NUMBERS[kind]):
+        return True, kind(value)
+    if kind is Path and isinstance(value, str):
         return True, Path(value)
-    return kind in SCALARS and type(value) is kind, value
+    return (kind in SCALARS or dataclasses.is_dataclass(kind)) and isinstance(value, kind), value
 
 
 def _match_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, Any]:
-    if isinstance(value, str):
-        value = [_literal(word.strip()) for word in value.split(",")]
-    items = list(value) if isinstance(value, (tuple, list)) else [value]
-    wanted = [kinds[0]] * len(items) if kinds[-1] is Ellipsis else list(kinds)
-    if len(wanted) != len(items):
+    if not isinstance(value, (tuple, list)):
         return False, value
-    matches = [_match(item, kind) for item, kind in zip(items, wanted, strict=True)]
+    wanted = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else list(kinds)
+    if len(wanted) != len(value):
+        return False, value
+    matches = [_match(item, kind) for item, kind in zip(value, wanted, strict=True)]
     return all(found for found, _ in matches), tuple(item for _, item in matches)
 
 
-def _describe(kind: Any) -> str:
+def _describe(kind: Any, note: str = "") -> str:
+    """`kind` in words, with a note behind what no text can spell."""
     if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_describe(option) for option in get_args(kind))
+        return " or ".join(_describe(option, note) for option in get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(repr(option) for option in get_args(kind))
     if get_origin(kind) is tuple:
-        items = get_args(kind)
-        inside = f"{_describe(items[0])}, ..." if items[-1] is Ellipsis else ", ".join(map(_describe, items))
-        return f"({inside})"
+        items = ("..." if item is Ellipsis else _describe(item, note) for item in get_args(kind))
+        return f"({', '.join(items)})"
     if kind is NoneType:
         return "none"
     if kind in SCALARS:
         return kind.__name__.lower()
-    return f"{getattr(kind, '__name__', kind)} (which only the Python file can set)"
+    return f"{getattr(kind, '__name__', kind)}{note}"
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -4,10 +4,12 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from toy_data import captions, mixture, texts
 
 from vlcore import overrides
+from vlcore.config import preset
 from vlcore.train import (
     Stage,
     TrainConfig,
@@ -17,6 +19,7 @@ from vlcore.train import (
     supervised_finetuning,
     weighted,
 )
+from vlcore.train.description import describe
 from vlcore.train.stages import FINETUNING_PERCENT, PRETRAINING_PERCENT
 
 
@@ -24,7 +27,24 @@ from vlcore.train.stages import FINETUNING_PERCENT, PRETRAINING_PERCENT
     "field, value, message",
     [
         ("trains", (), r"trains \(\) must name one or more of"),
-        ("trains", ("vision",), r"trains \('vision',\) must name one or more of"),
+        (
+            "trains",
+            ("vision",),
+            r"trains is \('vision',\) \(tuple\); it must be \('sam' or 'siglip' or 'adaptor' or 'lan",
+        ),
+        (
+            "trains",
+            "adaptor",
+            r"trains is 'adaptor'; it must be \('sam' or 'siglip' or 'adaptor' or 'language', \.\.\.\)",
+        ),
+        ("steps", 1e4, r"steps is 10000.0 \(float\); it must be int\."),
+        ("steps", True, r"steps is True \(bool\); it must be int\."),
+        ("packing", "no", r"packing is 'no'; it must be bool\."),
+        ("packing", 1, r"packing is 1 \(int\); it must be bool\."),
+        ("text_ratio", "half", r"text_ratio is 'half'; it must be float or none\."),
+        ("betas", (0.9,), r"betas is \(0.9,\) \(tuple\); it must be \(float, float\)\."),
+        ("betas", (0.9, math.nan), r"betas is \(0.9, nan\); it must be in 0\.\.1"),
+        ("weight_decay", math.inf, "weight_decay is inf; it must be finite and 0 or more"),
         ("steps", 0, "steps is 0; it must be at least 1"),
         ("batch_size", 0, "batch_size is 0; it must be at least 1"),
         ("micro_batch_size", -1, "micro_batch_size is -1; it must be at least 1"),
@@ -54,12 +74,36 @@ def test_a_stage_refuses_what_is_out_of_range(stage, field, value, message):
         ("seed", -1, "seed is -1"),
         ("precision", "fp16", "precision is 'fp16'; it must be 'fp32' or 'bf16'"),
         ("max_bad_samples", 2.0, r"max_bad_samples is 2.0; it must be in 0\.\.1"),
+        ("seed", 1.5, r"seed is 1.5 \(float\); it must be int\."),
+        ("log_every", 1.5, r"log_every is 1.5 \(float\); it must be int\."),
+        ("checkpoint_every", "often", r"checkpoint_every is 'often'; it must be int or none\."),
+        ("stages", ("s",), r"stages is \('s',\) \(tuple\); it must be \(Stage, \.\.\.\)\."),
+        ("model", None, r"model is None \(NoneType\); it must be VLConfig or str or path\."),
+        ("on_stage_end", 3, r"on_stage_end is 3 \(int\); it must be Callable or none\."),
     ],
 )
 def test_a_run_refuses_what_is_out_of_range(stage, field, value, message):
     settings = {"model": "tiny", "stages": (stage(),), "output_dir": "x", field: value}
     with pytest.raises(ValueError, match=f"TrainConfig: {message}"):
         TrainConfig(**settings)
+
+
+def test_lists_and_numpys_numbers_become_what_is_declared(stage, processor):
+    listed = stage(trains=["language"], betas=[0.9, np.float64(0.5)], learning_rate=np.float32(0.5), steps=np.int64(3))
+    config = TrainConfig(model="tiny", stages=[replace(listed, weight_decay=1)], output_dir="x")
+    assert config == TrainConfig(model="tiny", stages=(replace(listed, weight_decay=1.0),), output_dir="x")
+    (only,) = config.stages
+    values = only.trains, only.betas, only.learning_rate, only.steps, only.weight_decay
+    assert repr(values) == "(('language',), (0.9, 0.5), 0.5, 3, 1.0)"
+    assert describe(config, preset("tiny"), processor)["stages"][0]["learning_rate"] == 0.5
+    assert overrides.apply(config, ["stages.0.steps=1"]).stages[0].steps == 1
+
+
+def test_a_mixture_of_a_list_is_reached_by_overrides(stage):
+    mix = replace(mixture(articles=1), entries=list(mixture(articles=1).entries))
+    config = TrainConfig(model="tiny", stages=(replace(stage(), mixture=mix),), output_dir="x")
+    changed = overrides.apply(config, ["stages.0.mixture.entries.0.weight=2"])
+    assert changed.stages[0].mixture.entries[0].weight == 2.0 and mix.entries[0].weight == 1.0
 
 
 def test_stages_need_names_of_their_own(stage):
@@ -157,9 +201,6 @@ def test_a_packed_step_draws_a_fixed_number_of_samples(stage):
 
 
 def test_a_stage_is_changed_by_replace_and_written_as_json(stage, processor):
-    from vlcore.config import preset
-    from vlcore.train.description import describe
-
     config = TrainConfig(model="tiny", stages=(replace(stage(), steps=9),), output_dir="x")
     described = describe(config, preset("tiny"), processor)
     assert described["stages"][0]["steps"] == 9 and json.loads(json.dumps(described)) == described

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
+from vlcore import overrides
 from vlcore.config import VLConfig
 from vlcore.data import Mixture
 
@@ -46,7 +47,7 @@ class Stage:
         clip_norm: the gradient's norm is brought down to it.
 
     Raises:
-        ValueError: a number out of range, a word that is none of those above, or parts that do not exist.
+        ValueError: a number out of range, a word that is none of those above, or a value of another type.
     """
 
     name: str
@@ -74,21 +75,21 @@ class Stage:
 
     def __post_init__(self):
         where = f"Stage {self.name!r}"
-        _check_words(where, self)
-        unknown = [part for part in self.trains if part not in get_args(Part)]
-        if unknown or not self.trains:
+        overrides.settle(where, self)
+        if not self.trains:
             raise ValueError(f"{where}: trains {self.trains} must name one or more of {get_args(Part)}.")
         for field in ("steps", "batch_size", "micro_batch_size", "sequence_length", "samples_per_sequence"):
             _check(where, field, getattr(self, field), getattr(self, field) >= 1, "at least 1")
         for field in ("learning_rate", "eps", "clip_norm"):
             _check(where, field, getattr(self, field), 0 < getattr(self, field) < float("inf"), "finite and over 0")
-        for field in ("warmup_steps", "weight_decay"):
-            _check(where, field, getattr(self, field), getattr(self, field) >= 0, "0 or more")
+        _check(where, "warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
+        decay = self.weight_decay
+        _check(where, "weight_decay", decay, 0 <= decay < float("inf"), "finite and 0 or more")
         for field, share in {
             "min_ratio": self.min_ratio,
             "modality_warmup": self.modality_warmup,
             "text_ratio": self.text_ratio or 0.0,
-            "betas": min(self.betas) if max(self.betas) < 1 else -1,
+            "betas": min(self.betas) if all(beta < 1 for beta in self.betas) else -1,
         }.items():
             _check(where, field, getattr(self, field), 0 <= share <= 1, "in 0..1")
 
@@ -133,7 +134,7 @@ class TrainConfig:
             eval mode and `summary` the StageResult. It is called before the stage counts as done in a checkpoint.
 
     Raises:
-        ValueError: no stages, a number out of range, or a word that is none of those above.
+        ValueError: no stages, a number out of range, a word that is none of those above, or a value of another type.
     """
 
     model: VLConfig | str | Path
@@ -157,7 +158,7 @@ class TrainConfig:
     on_stage_end: Callable[..., Any] | None = None
 
     def __post_init__(self):
-        _check_words("TrainConfig", self)
+        overrides.settle("TrainConfig", self)
         if not self.stages:
             raise ValueError("TrainConfig: there are no stages.")
         names = [stage.name for stage in self.stages]
@@ -170,14 +171,6 @@ class TrainConfig:
         _check("TrainConfig", "num_workers", self.num_workers, self.num_workers >= 0, "0 or more")
         _check("TrainConfig", "seed", self.seed, 0 <= self.seed < 2**63, "in 0..2**63 - 1")
         _check("TrainConfig", "max_bad_samples", self.max_bad_samples, 0 <= self.max_bad_samples <= 1, "in 0..1")
-
-
-def _check_words(where: str, settings: Any) -> None:
-    """Every field that is declared as a Literal."""
-    for field, kind in get_type_hints(type(settings)).items():
-        if get_origin(kind) is Literal:
-            words, value = get_args(kind), getattr(settings, field)
-            _check(where, field, value, value in words, " or ".join(map(repr, words)))
 
 
 def _check(where: str, field: str, value: Any, holds: bool, needed: str) -> None:
