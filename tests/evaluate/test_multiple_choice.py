@@ -133,6 +133,7 @@ def test_options_are_listed_in_conversations_of_the_original_style(processor):
     "conversation, options, message",
     [
         (question(), [], "A question needs one or more options; it has none"),
+        (question(), "abc", "The options are 'abc', one string; they must be a list of them"),
         (question(), ["a", ""], "An option is empty: ''"),
         (question(), ["a", "  "], "An option is empty: '  '"),
         ([*question(), {"role": "assistant", "content": "x"}], ["a"], "ends with the user's turn"),
@@ -167,6 +168,8 @@ def test_bad_forms_are_refused(model, processor):
         choose(model, processor, question(), OPTIONS, by="max")
     with pytest.raises(ValueError, match="27 options cannot be lettered; it takes 1 to 26"):
         with_letters(question(), ["x"] * 27)
+    with pytest.raises(ValueError, match="The options are 'abc', one string; they must be a list of them"):
+        choose(model, processor, question(), "abc", by="letter")
     with pytest.raises(ValueError, match="the conversation has no messages"):
         with_letters([], ["x"])
     for message in ({"role": "user"}, {"role": "user", "content": 3}, "Which?"):

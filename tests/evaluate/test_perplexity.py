@@ -43,7 +43,15 @@ def test_a_hopeless_model_has_infinite_perplexity():
     assert TextScore(2 * math.log(7), 2).perplexity == pytest.approx(7)
 
 
-@pytest.mark.parametrize("texts, message", [([], "there are no texts"), (["a", ""], "a text is empty")])
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ([], "there are no texts"),
+        (["a", ""], "a text is empty"),
+        ("abc", "texts is 'abc', one string; it must be a list of them"),
+        ("", "texts is '', one string"),
+    ],
+)
 def test_nothing_to_read_is_refused(model, processor, texts, message):
     with pytest.raises(ValueError, match=message):
         perplexity(model, processor, texts)

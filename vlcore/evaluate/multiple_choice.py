@@ -61,8 +61,8 @@ def score_options(
         One score an option.
 
     Raises:
-        ValueError: the conversation does not end with the user's turn, an option is empty, or prompt and option need
-            more positions than the model has.
+        ValueError: the conversation does not end with the user's turn, the options are one string, one is empty, or
+            prompt and option need more positions than the model has.
         ImageError: an image cannot be used.
     """
     return score_many(model, processor, [(conversation, options)], with_eos=with_eos)[0]
@@ -142,8 +142,9 @@ def with_letters(conversation: Conversation, options: Sequence[str]) -> list[Map
     The wording is LLaVA's, which the public evaluation tools share.
 
     Raises:
-        ValueError: there are no options, or more than there are letters; or no last message with content.
+        ValueError: there are no options, more than there are letters, or one string; or no last message with content.
     """
+    _check_several(options)
     if not 0 < len(options) <= len(ascii_uppercase):
         raise ValueError(
             f"with_letters: {len(options)} options cannot be lettered; it takes 1 to {len(ascii_uppercase)}."
@@ -172,6 +173,7 @@ class _Answers:
         self._known: dict[str, list[int]] = {}
 
     def question(self, conversation: Conversation, options: Sequence[str]) -> tuple[Encoded, list[list[int]]]:
+        _check_several(options)
         if not options:
             raise ValueError("A question needs one or more options; it has none.")
         return self.processor.encode_conversation(conversation, open_turn=True), [self.ids(text) for text in options]
@@ -186,6 +188,12 @@ class _Answers:
                 raise ValueError(f"An option is empty: {text!r}.")
             self._known[text] = ids if self.with_eos else ids[:-1]
         return self._known[text]
+
+
+def _check_several(options: Sequence[str]) -> None:
+    """A string is a sequence of its letters, which nobody means by it."""
+    if isinstance(options, str):
+        raise ValueError(f"The options are {options!r:.60}, one string; they must be a list of them.")
 
 
 def _check_length(model: DeepSeekVL, number: int, prompt: int, option: int) -> None:

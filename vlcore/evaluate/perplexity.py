@@ -35,7 +35,7 @@ def perplexity(model: DeepSeekVL, processor: Processor, texts: Sequence[str], *,
         batch_size: texts of one forward.
 
     Raises:
-        ValueError: there are no texts, one is empty, or batch_size is below 1.
+        ValueError: there are no texts, they are one string, one is empty, or batch_size is below 1.
     """
     return score_texts(model, processor, texts, batch_size=batch_size).perplexity
 
@@ -48,10 +48,12 @@ def score_texts(model: DeepSeekVL, processor: Processor, texts: Sequence[str], *
         batch_size: pieces of one forward.
 
     Raises:
-        ValueError: there are no texts, one is empty, or batch_size is below 1.
+        ValueError: there are no texts, they are one string, one is empty, or batch_size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"score_texts: batch_size is {batch_size}; it must be at least 1.")
+    if isinstance(texts, str):
+        raise ValueError(f"score_texts: texts is {texts!r:.60}, one string; it must be a list of them.")
     if not texts:
         raise ValueError("score_texts: there are no texts.")
     longest = model.config.language.max_positions
