@@ -189,6 +189,30 @@ def test_save_and_load(processor, directory):
     assert Processor.from_pretrained(directory).config.language.other_eos_token_ids == (7,)
 
 
+@pytest.mark.parametrize("name", ["tiny", "siglip"])
+def test_a_processor_is_loaded_from_where_it_alone_was_saved(tmp_path, name):
+    config = replace_language(TINY, other_eos_token_ids=(7,), tie_embeddings=True)
+    if name == "siglip":
+        config = dataclasses.replace(config, sam=None, adaptor="mlp_gelu", pad_color=(1, 2, 3))
+    Processor(small_tokenizer(config), config, ChatTemplate(system="Be brief.")).save_pretrained(tmp_path)
+    loaded = Processor.from_pretrained(tmp_path)
+    assert loaded.config == config and loaded.template == ChatTemplate(system="Be brief.")
+    (tmp_path / "config.json").write_text(json.dumps(layouts.config_to_dict(TINY, "original")))
+    (tmp_path / "generation_config.json").unlink()
+    assert Processor.from_pretrained(tmp_path).config == TINY
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [(3, "'model_config' is 3; it must be what a config.json holds"), ({}, "model_config: model_type None")],
+)
+def test_a_saved_configuration_that_is_none_is_refused(processor, tmp_path, raw, message):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"model_config": raw}))
+    with pytest.raises(ValueError, match=f"processor_config.json: {message}"):
+        Processor.from_pretrained(tmp_path)
+
+
 def test_a_template_comes_back(processor, directory):
     template = ChatTemplate(system='Say "é".\n', user="Human")
     Processor(processor.tokenizer, TINY, template).save_pretrained(directory)
@@ -218,7 +242,7 @@ def test_directories_that_cannot_be_read(processor, directory):
     ):
         Processor.from_pretrained(directory)
     (directory / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match="neither config.json nor a processor_config.json with 'model_config'"):
         Processor.from_pretrained(directory)
 
 

@@ -9,7 +9,6 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from vlcore import layouts
 from vlcore.config import VLConfig
 from vlcore.processing import public_files
 from vlcore.processing.chat import IMAGE_PLACEHOLDER, ChatTemplate, read_conversation
@@ -72,7 +71,7 @@ class Processor:
         """The processor of a model directory: its `tokenizer.json`, and the ids and sizes in its `config.json`.
 
         Args:
-            directory: in either public layout.
+            directory: in either public layout; or one without a model, which `save_pretrained` wrote.
             template: by default DeepSeek-VL's, with the system prompt that `save_pretrained` wrote into
                 `processor_config.json` where there is one.
 
@@ -84,7 +83,7 @@ class Processor:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a processor needs the tokenizer of its model.")
-        config = layouts.read_config(directory)
+        config = public_files.read_model_config(directory)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises the bare class
@@ -100,10 +99,10 @@ class Processor:
         """Write the tokenizer, chat template and image settings, as transformers' AutoProcessor reads them.
 
         The files are tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json,
-        processor_config.json and generation_config.json. All are written under other names first, then renamed, so
-        that a full disk leaves what was there. Two things transformers cannot express: it rounds the sides of an image
-        where the public model truncates them, and takes the pad colour of the image from the high-resolution tower's
-        mean (model.image_mean for one tower), whatever `config.pad_color` is.
+        processor_config.json, which holds the model's configuration too, and generation_config.json. All are written
+        under other names first, then renamed, so that a full disk leaves what was there. Two things transformers cannot
+        express: it rounds the sides of an image where the public model truncates them, and takes the pad colour of the
+        image from the high-resolution tower's mean (model.image_mean for one tower), whatever `config.pad_color` is.
 
         Raises:
             OSError: the directory cannot be written to; it is as it was before.

@@ -8,12 +8,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vlcore.config import VLConfig
-from vlcore.layouts import eos_to_json, read_json
+from vlcore.layouts import config_from_dict, config_to_dict, eos_to_json, read_config, read_json
 from vlcore.processing.chat import IMAGE_PLACEHOLDER, ChatTemplate
 from vlcore.processing.images import MIN_SIDE
 from vlcore.processing.writing import replacing_files
 
-PROMPT_KEY = "prompt"
+PROMPT_KEY, MODEL_KEY = "prompt", "model_config"
 BILINEAR, BICUBIC = 2, 3
 
 # The prompt of ChatTemplate.render, for messages; the tokenizer gives `bos_token` and `eos_token`.
@@ -68,6 +68,7 @@ def contents(tokenizer: Tokenizer, config: VLConfig, template: ChatTemplate) -> 
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     processor_config = {
+        MODEL_KEY: config_to_dict(config, "transformers"),
         "num_image_tokens": config.num_image_tokens,
         "processor_class": processor_class,
         PROMPT_KEY: dataclasses.asdict(template),
@@ -122,6 +123,27 @@ def image_processor(config: VLConfig) -> dict[str, Any]:
         "image_processor_type": "DeepseekVLHybridImageProcessor",
         "resample": BILINEAR,
     }
+
+
+def read_model_config(directory: Path) -> VLConfig:
+    """The configuration of the processor's model: config.json's, or without one what `contents` wrote of it.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: a file is malformed, or of a model that this package does not compute.
+    """
+    if (directory / "config.json").exists():
+        return read_config(directory)
+    path = directory / "processor_config.json"
+    raw = read_json(path).get(MODEL_KEY) if path.is_file() else None
+    if raw is None:
+        raise FileNotFoundError(
+            f"{directory} has neither config.json nor a {path.name} with {MODEL_KEY!r}; a processor needs the ids and "
+            "sizes of its model."
+        )
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: {MODEL_KEY!r} is {raw!r:.80}; it must be what a config.json holds.")
+    return config_from_dict(raw, f"{path}: {MODEL_KEY}")
 
 
 def read_template(directory: Path) -> ChatTemplate:

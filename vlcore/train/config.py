@@ -106,7 +106,7 @@ class TrainConfig:
     Attributes:
         model: a configuration or a preset's name to start from fresh weights, or a model directory to start from its
             weights.
-        processor: a directory with tokenizer and chat template; None takes it from the model directory.
+        processor: a directory that `Processor.from_pretrained` takes; None takes it from the model directory.
         stages: trained one after another. Each begins with a fresh optimizer (ours).
         output_dir: where checkpoints, metrics.jsonl, bad_samples.jsonl, loss.png and the model are written; one run at
             a time may use it.
