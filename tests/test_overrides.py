@@ -124,6 +124,24 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.parametrize(
+    "body, error, message",
+    [
+        ("    return int('x')", ValueError, "line 3, in small: invalid literal for int() with base 10: 'x'"),
+        ("    return nested()", ValueError, "line 5, in nested: invalid literal for int() with base 10: 'x'"),
+        ("    return open('/nowhere/at/all')", OSError, "line 3, in small: [Errno 2] No such file or directory: "),
+        ("    return Fraction('x')", ValueError, "line 3, in small: Invalid literal for Fraction: 'x'"),
+        ("    return 3\nint('x')", ValueError, "line 4, in <module>: invalid literal for int() with base 10: 'x'"),
+    ],
+)
+def test_what_a_file_fails_at_is_told_with_its_line(tmp_path, body, error, message):
+    path = tmp_path / "runs.py"
+    path.write_text(f"from fractions import Fraction\ndef small():\n{body}\ndef nested():\n    return int('x')\n")
+    with pytest.raises(error) as caught:
+        overrides.load(f"{path}:small")
+    assert f"{path}, {message}" in str(caught.value)
+
+
 def test_a_function_of_a_file_is_called_with_its_folder_importable(file):
     run = overrides.load(f"{file}:small")
     assert dataclasses.asdict(run) == {"steps": 7}

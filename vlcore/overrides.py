@@ -5,9 +5,11 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
+from traceback import extract_tb
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +25,7 @@ def load(spec: str) -> Any:
 
     Raises:
         ValueError: `spec` has another form, the file is not there, or it has no such function.
+        ValueError, OSError: what the file itself raised, with the line of it that did.
     """
     file, separator, name = spec.rpartition(":")
     path = Path(file).resolve()
@@ -36,11 +39,25 @@ def load(spec: str) -> Any:
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where dataclasses and pickle look for what the file defines
-    module_spec.loader.exec_module(module)
+    with _placed(path):
+        module_spec.loader.exec_module(module)
     functions = {key: value for key, value in vars(module).items() if callable(value)}
     if name not in functions:
         raise ValueError(f"{path} has no function {name!r}{_nearest(name, functions)}.")
-    return functions[name]()
+    with _placed(path):
+        return functions[name]()
+
+
+@contextmanager
+def _placed(path: Path) -> Iterator[None]:
+    """What is raised inside of the block is said of the line of the file that it came through last."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        frames = extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.filename == str(path)), frames[-1])
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{frame.filename}, line {frame.lineno}, in {frame.name}: {error}") from error
 
 
 def apply(config: Any, changes: Sequence[str]) -> Any:

@@ -20,7 +20,7 @@ def run_file(spec: str, changes: Sequence[str] = ()) -> int:
 
     Raises:
         ValueError: `spec` names no function that returns a TrainConfig, a change is refused (the nearest key, or the
-            type needed, is named), or the run cannot be carried out.
+            type needed, is named), the function itself failed (its line is named), or the run cannot be carried out.
         OSError: something cannot be read or written.
         RuntimeError: on_stage_end failed; from what it raised, whose traceback tells where.
     """
