@@ -15,7 +15,7 @@ from vlcore.bench import harness
 from vlcore.bench.dtypes import DTYPES, check_dtypes, computing_in
 from vlcore.bench.harness import Case, Maker, Measurement
 from vlcore.bench.peers import operators
-from vlcore.bench.plot import draw
+from vlcore.bench.plot import check_file, draw
 from vlcore.bench.report import Results, line, read
 from vlcore.bench.timing import machine, roofline
 
@@ -65,7 +65,7 @@ def run(
 
     Raises:
         ValueError: an operator without a bench, a device that is not there, a file of another machine, a plot without
-            matplotlib, or a model without transformers.
+            matplotlib or that cannot be written, or a model without transformers.
         AssertionError: results are not as accurate as torch's, or were none. They are not timed; all the others are.
     """
     for name in names:
@@ -80,6 +80,8 @@ def run(
         raise ValueError(f"{json_file} holds what was measured on {kept.machine!r}; this is {here!r}.")
     if plot_file and find_spec("matplotlib") is None:
         raise ValueError("A plot needs matplotlib: pip install 'vlcore[plot]'.")
+    if plot_file:
+        check_file(plot_file)
     if parts and (missing := [package for package in PEERS if find_spec(package) is None]):
         given = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
         raise ValueError(f"Models are timed beside transformers', and {given}: pip install 'vlcore[bench]'.")

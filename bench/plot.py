@@ -16,6 +16,21 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 BEHIND, OTHERS, GRID = "#b03a3a", "#9a9a9a", "#e6e6e6"
 
 
+def check_file(file: Path) -> None:
+    """See that a picture can be written to a file, before minutes go into what it shows.
+
+    Raises:
+        ValueError: matplotlib writes no such format, or there is no such folder.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix and file.suffix[1:].lower() not in formats:
+        raise ValueError(f"{file}: matplotlib writes no {file.suffix}; it writes {', '.join(formats)}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file}: there is no folder {file.parent}.")
+
+
 def draw(results: Results, file: Path) -> None:
     """Write the picture of a machine's measurements.
 

@@ -320,6 +320,16 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(tmp_path,
     assert "pip install 'vlcore[plot]'" in said.err and not said.out
 
 
+@pytest.mark.parametrize(
+    "name, message", [("a.xyz", "a.xyz: matplotlib writes no .xyz; it writes "), ("no/a.png", "there is no folder ")]
+)
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path, capsys, name, message):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", "swiglu", "--plot", str(tmp_path / name)]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and not said.out
+
+
 def test_a_model_without_transformers_is_refused_before_anything_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: None if name in command.PEERS else find_spec(name))
     assert cli.main(["bench", "--model", "vision"]) == 2
