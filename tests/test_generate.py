@@ -2,6 +2,7 @@ import dataclasses
 import math
 from threading import Event, Thread
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -99,6 +100,7 @@ def test_seeds_repeat_and_differ(model, processor):
         return generate(model, processor, CONVERSATIONS[:2], 8, temperature=1.5, top_p=0.9, seed=seed)
 
     assert sample(3) == sample(3) != sample(4)
+    assert sample(np.int64(3)) == sample(3) and sample(2**64 - 1) and sample(-(2**63))
     torch.manual_seed(0)
     first = generate(model, processor, CONVERSATIONS[0], 8, temperature=1.5)
     assert first != generate(model, processor, CONVERSATIONS[0], 8, temperature=1.5)
@@ -253,6 +255,10 @@ def test_generation_in_bfloat16(model, processor):
         ({"top_p": 1.1}, "top_p 1.1 must be above 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be a positive number; 1 is none"),
         ({"repetition_penalty": math.inf}, "repetition_penalty inf must be"),
+        ({"max_new_tokens": "9"}, "max_new_tokens '9' must be a positive integer"),
+        ({"seed": 1.5}, r"seed 1.5 must be an integer from -2\*\*63 to 2\*\*64 - 1"),
+        ({"seed": 10**22}, "seed 10000000000000000000000 must be an integer from"),
+        ({"seed": -(2**63) - 1}, "seed -9223372036854775809 must be"),
         ({"max_new_tokens": 512}, r"The conversation has \d+ tokens with its 1 images; with max_new_tokens 512 .* 512"),
     ],
 )

@@ -40,7 +40,7 @@ def run(model_directory: str | Path, images: Sequence[str | Path], prompt: str |
     device = "cuda" if torch.cuda.is_available() else None
     model = from_pretrained(model_directory, device=device)
 
-    def answer(conversation: list[dict[str, Any]]) -> Any:
+    def answer(conversation: list[dict[str, Any]]) -> str:
         return generate(model, processor, conversation, stream=_write, **sampling)
 
     if prompt is not None:
@@ -54,7 +54,7 @@ def run(model_directory: str | Path, images: Sequence[str | Path], prompt: str |
 
 
 def _converse(
-    answer: Callable[[list[dict[str, Any]]], Any], images: Sequence[Image.Image], lines: Iterable[str], goes_on: bool
+    answer: Callable[[list[dict[str, Any]]], str], images: Sequence[Image.Image], lines: Iterable[str], goes_on: bool
 ) -> None:
     history: list[dict[str, Any]] = []
     for line in lines:

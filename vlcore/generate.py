@@ -1,11 +1,12 @@
 """Generation: all prompts of a batch in one prefill, then one token a row and step."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from vlcore.decoding import KVCache, next_logits
 from vlcore.models.deepseek_vl import DeepSeekVL
 from vlcore.processing import Batch, Encoded, ImageError, Processor, pack
 from vlcore.processing.text_stream import TextStream
+
+SEEDS = (-(2**63), 2**64 - 1)  # what torch's generators take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +58,44 @@ class Sampling:
         return ids.gather(-1, torch.multinomial(kept, 1, generator=generator)).squeeze(-1)
 
 
+@overload
+def generate(
+    model: DeepSeekVL,
+    processor: Processor,
+    conversation: Sequence[Mapping[str, Any]],
+    max_new_tokens: SupportsIndex = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: SupportsIndex | None = None,
+    stream: Callable[[str], object] | None = None,
+) -> str: ...
+
+
+@overload
+def generate(
+    model: DeepSeekVL,
+    processor: Processor,
+    conversation: Sequence[Sequence[Mapping[str, Any]]],
+    max_new_tokens: SupportsIndex = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: SupportsIndex | None = None,
+    stream: Callable[[int, str], object] | None = None,
+) -> list[str]: ...
+
+
 def generate(
     model: DeepSeekVL,
     processor: Processor,
     conversation: Sequence[Any],
-    max_new_tokens: int = 256,
+    max_new_tokens: SupportsIndex = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    stream: Callable[..., None] | None = None,
+    seed: SupportsIndex | None = None,
+    stream: Callable[..., object] | None = None,
 ) -> str | list[str]:
     """Answer a conversation, or a list of them at once.
 
@@ -92,20 +123,28 @@ def generate(
         ImageError: an image cannot be used.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens!r} must be a positive integer.")
+    most = _integer("max_new_tokens", max_new_tokens, 1, math.inf, "a positive integer")
+    if seed is not None:
+        seed = _integer("seed", seed, *SEEDS, "an integer from -2**63 to 2**64 - 1")
     is_list = isinstance(conversation, (list, tuple)) and all(isinstance(c, (list, tuple)) for c in conversation)
     if is_list and not conversation:
         raise ValueError("There are no conversations to answer.")
     prompts = _encode(processor, conversation if is_list else [conversation], is_list)
-    _check_lengths(prompts, max_new_tokens, model.config.language.max_positions, is_list)
+    _check_lengths(prompts, most, model.config.language.max_positions, is_list)
     emit = stream
     if stream is not None and not is_list:
         emit = lambda row, piece: stream(piece)  # noqa: E731 - the one place where the forms of stream meet
     with evaluating(model) as device:
         batch = pack(prompts, processor).to(device)
-        answers = _answer(model, processor, batch, max_new_tokens, sampling, seed, emit)
+        answers = _answer(model, processor, batch, most, sampling, seed, emit)
     return answers if is_list else answers[0]
+
+
+def _integer(name: str, value: Any, least: int, most: float, needed: str) -> int:
+    """A number of any type that is an integer to Python, such as NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or not least <= operator.index(value) <= most:
+        raise ValueError(f"{name} {value!r} must be {needed}.")
+    return operator.index(value)
 
 
 # Of each model that is run in eval mode at this moment: by how many threads, and the modes that the first one found.
@@ -141,7 +180,7 @@ def _answer(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int | None,
-    emit: Callable[[int, str], None] | None,
+    emit: Callable[[int, str], object] | None,
 ) -> list[str]:
     device, end = prompts.input_ids.device, processor.control.eos
     ends = torch.tensor([end, *model.config.language.other_eos_token_ids], device=device)
