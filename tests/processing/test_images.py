@@ -1,5 +1,6 @@
 import base64
 import io
+import os
 import struct
 import zlib
 
@@ -109,6 +110,15 @@ def test_what_is_transparent_lies_on_white(mode):
     assert (loaded[0, 0] == 255).all() and (loaded[4, 4] == 0).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_palette_whose_transparency_is_nowhere_seen_is_converted_without_a_warning():
+    source = Image.fromarray(GRADIENT).convert("P")
+    loaded = load_image(encode(source, transparency=b"\xff" * 256))
+    assert np.array_equal(np.asarray(loaded), np.asarray(source.convert("RGB")))
+    seen_through = load_image(encode(source, transparency=bytes(256)))
+    assert (np.asarray(seen_through) == 255).all()
+
+
 def test_half_transparent_pixels_are_mixed_with_white():
     assert load_image(Image.new("RGBA", (4, 4), (255, 0, 0, 128))).getpixel((0, 0)) == (255, 127, 127)
 
@@ -212,8 +222,16 @@ def test_the_error_names_the_file_or_the_given_name(tmp_path):
         load_image(path, "the third picture")
     with pytest.raises(ImageError, match=r"missing.png: it cannot be opened \(No such file"):
         load_image(tmp_path / "missing.png")
-    with pytest.raises(ImageError, match="it cannot be opened"):
+    with pytest.raises(
+        ImageError, match=r"it cannot be opened \(it is a folder, a pipe or a device, no regular file\)"
+    ):
         load_image(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="pipe.png: it cannot be opened .*no regular file"):
+        load_image(tmp_path / "pipe.png")
 
 
 def test_a_pillow_image_whose_file_is_cut_short(tmp_path):

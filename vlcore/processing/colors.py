@@ -36,7 +36,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if np.asarray(rgba.getchannel("A")).min() < 255:
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, WHITE), rgba).convert("RGB")
+            rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, WHITE), rgba)
+        # Not of the image itself: of a palette with its transparency in bytes Pillow warns.
+        return rgba.convert("RGB")
     return image.convert("RGB")
 
 

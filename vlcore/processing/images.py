@@ -5,6 +5,7 @@ import binascii
 import io
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def load_image(source: Any, name: str | None = None, *, max_pixels: int = MAX_PI
         An image of mode "RGB" that shares nothing with `source`; `to_rgb` says what becomes of other modes.
 
     Raises:
-        ImageError: no such file, empty, truncated, of no known format, too large, without pixels, or of a wrong type.
+        ImageError: no such file or no regular one, empty, truncated, of no known format, too large, without pixels, or
+            of a wrong type.
     """
     label = name or _label(source)
     try:
@@ -142,6 +144,9 @@ def _load(source: Any, max_pixels: int) -> Image.Image:
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError("an image is a path, bytes, a Pillow image, a numpy array or a data: URI.")
     try:
+        # To open a pipe is to wait for whoever writes to it.
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            raise ValueError("it is a folder, a pipe or a device, no regular file")
         file = open(source, "rb")  # noqa: SIM115 - closed by the with below; only opening may fail in this way
     except (OSError, ValueError) as error:
         raise ImageError(f"it cannot be opened ({getattr(error, 'strerror', None) or error}).") from error
