@@ -89,6 +89,29 @@ def test_a_backend_that_is_not_there_is_refused(config, model, processor):
         train(replace(config, compile="indctor"), model, processor)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text_ratio": 0.5}, "Stage 'late': text_ratio 0.5 needs images, but every source is text"),
+        ({"sources": {"captions": 1}, "text_ratio": 0.5}, "Stage 'late': text_ratio 0.5 .* needs text"),
+        ({"sources": {"captions": 1}, "modality_warmup": 0.1}, "Stage 'late': .* modality_warmup 0.1 needs text"),
+        (
+            {"sources": {"instructions": 1, "articles": 1}, "supervise": "answers"},
+            "Stage 'late': only answers are supervised, but 'articles' holds documents",
+        ),
+    ],
+)
+def test_a_stage_without_what_it_draws_is_refused_before_anything_is_trained_or_deleted(
+    stage, config, model, processor, change, message
+):
+    train(config, model, processor)
+    before = {path: path.stat().st_mtime_ns for path in config.output_dir.rglob("*")}
+    again = replace(config, stages=(*config.stages, stage(name="late", **change)), resume=False)
+    with pytest.raises(ValueError, match=message):
+        train(again, model, processor)
+    assert {path: path.stat().st_mtime_ns for path in config.output_dir.rglob("*")} == before
+
+
 def test_a_compiled_run_gives_the_same_losses_and_compiles_every_shape(stage, tmp_path):
     """Texts and images, padded and packed, in batches of two and of one: the compiler never gives up."""
     tiny = preset("tiny")

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 
 from vlcore.checkpoint import from_pretrained
 from vlcore.config import PRESETS, VLConfig, preset
+from vlcore.data import BadSample, Source
+from vlcore.data.sampler import text_share
 from vlcore.models import DeepSeekVL, init_weights
 from vlcore.processing import Processor
 from vlcore.train.config import Stage, TrainConfig
@@ -23,6 +25,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Variants of one block's code: with or without a gradient, first layer or not, packed or not, and sizes of 1, which the
 # compiler tells from more. A run of three stages makes about ten.
 RECOMPILE_LIMIT = 64
+# Samples at the beginning of a source, which tell what it holds.
+LOOKED_AT = 20
 
 
 def check_alone() -> None:
@@ -137,6 +141,27 @@ def _check_stage(stage: Stage, model: DeepSeekVL) -> None:
             f"Stage {stage.name!r} trains {stage.trains}, which text without images does not reach, but its share of "
             f"text is {share:g}."
         )
+    try:
+        text_share(stage.mixture, stage.steps, stage.text_ratio, stage.modality_warmup)
+    except ValueError as error:
+        raise ValueError(f"Stage {stage.name!r}: {error}") from None
+    if stage.supervise == "answers":
+        for entry in stage.mixture.entries:
+            if _is_of_documents(entry.source):
+                raise ValueError(
+                    f"Stage {stage.name!r}: only answers are supervised, but {entry.source.name!r} holds documents."
+                )
+
+
+def _is_of_documents(source: Source) -> bool:
+    """Whether documents are all that is found at its beginning."""
+    found = False
+    for index in range(min(len(source), LOOKED_AT)):
+        with suppress(BadSample):
+            if source[index].document is None:
+                return False
+            found = True
+    return found
 
 
 @contextmanager

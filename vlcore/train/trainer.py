@@ -96,10 +96,10 @@ class Trainer:
         self.progress = Progress()
         self.interrupts = Interrupts()
         self.resumed_step: int | None = None
+        self.described = describe(config, model.config, processor, weights)
         if not config.resume:
             remove_run(self.output_dir)
         clear_leftovers(self.output_dir)
-        self.described = describe(config, model.config, processor, weights)
         if saved := checkpoints(self.folder):
             with naming_an_older(saved[-1]):
                 self.progress = load_checkpoint(saved[-1], self.described, model)
