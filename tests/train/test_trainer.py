@@ -158,6 +158,17 @@ def test_too_many_bad_samples_stop_the_run_with_the_file_named(run, stage):
         run(replace(stage(steps=12), mixture=of(source)))
 
 
+def test_the_limit_is_of_good_and_bad_samples_together(run, stage, tmp_path):
+    """What is too long is not among the samples drawn, whose good ones are four a step."""
+    source = Listed("half", "text", [None] * 30 + texts("half", 30).samples + texts("long", 30, length=300).samples)
+    with pytest.raises(TrainingStopped) as stopped:
+        run(replace(stage(steps=12), mixture=of(source)))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["overlong_samples"] > 0
+    bad, good = last["bad_samples"], 4 * (last["step"] + 1)
+    assert str(stopped.value).startswith(f"{bad} of {bad + good} samples drawn are bad")
+
+
 def test_samples_that_are_too_long_are_counted_and_do_not_stop_the_run(run, stage):
     source = Listed("mixed", "text", texts("mixed", 10).samples + texts("long", 10, length=300).samples)
     result = run(replace(stage(steps=6), mixture=of(source)), max_bad_samples=0.0)

@@ -129,7 +129,7 @@ class TrainConfig:
         max_bad_steps: steps in a row with a loss or gradient that is not finite, after which the run stops. Text,
             multimodal and mixed steps are counted apart: what only images break is not forgotten at the next text.
         max_bad_samples: the part of the samples drawn that may be bad, above which the run stops. Samples that are only
-            too long do not count.
+            too long count neither as bad nor as drawn.
         on_stage_end: called as on_stage_end(stage, model, processor, summary) when a stage is done, with the model in
             eval mode and `summary` the StageResult. It is called before the stage counts as done in a checkpoint.
 

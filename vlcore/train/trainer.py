@@ -155,7 +155,7 @@ class Trainer:
             self.metrics.add(record, total)
             bar.update(record)
             self._watch(record)
-            self.rejections.check(total.bad_samples, total.samples)
+            self.rejections.check(total.bad_samples, total.bad_samples + total.samples)
             is_due = progress.global_step % (self.config.checkpoint_every or math.inf) == 0
             if self.interrupts.received or (is_due and progress.step < stage.steps):
                 self._save(optimizer)
