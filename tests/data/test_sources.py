@@ -57,6 +57,9 @@ def test_a_json_array_gives_the_same_rows_as_json_lines(tmp_path):
         ('[{"a": 1}', "breaks off after row 1"),
         ('[{"a": 1} {"a": 2}]', "breaks off after row 1"),
         ('[{"a": 1}, ' + DEEP[:-1], "breaks off inside of a row"),
+        ('[{"a": 1}]\n\n[{"a": 2}]\n', "goes on behind its array, in line 3"),
+        ('[{"a": 1}]]', "goes on behind its array, in line 1"),
+        ("[]{}", "goes on behind its array, in line 1"),
     ],
 )
 def test_a_bad_array_is_refused_by_name(tmp_path, text, message):
@@ -74,14 +77,19 @@ def test_an_array_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path):
         JsonRows(tmp_path / "latin.json")
 
 
+@pytest.mark.parametrize(
+    "value, reason",
+    [(DEEP, "maximum recursion depth"), ("9" * 5000, "Exceeds the limit")],
+    ids=["without bottom", "a number of 5000 digits"],
+)
 @pytest.mark.parametrize("name", ["chat.json", "chat.jsonl"])
-def test_a_row_without_bottom_costs_only_itself(root, name):
-    rows = [json.dumps(llava("Hi", "Hello")), '{"a": "]\\"", "b": ' + DEEP + "}", json.dumps(llava("a", "b"))]
+def test_a_row_that_cannot_be_parsed_costs_only_itself(root, name, value, reason):
+    rows = [json.dumps(llava("Hi", "Hello")), '{"a": "]\\"", "b": ' + value + "}", json.dumps(llava("a", "b"))]
     text = "[" + ",\n".join(rows) + "]" if name == "chat.json" else "\n".join(rows)
     (root / name).write_text(text)
     source = JsonlConversations(root / name)
     assert len(source) == 3
-    with pytest.raises(BadSample, match=rf"{name}, row 2 is not JSON: maximum recursion depth"):
+    with pytest.raises(BadSample, match=rf"{name}, row 2 is not JSON: {reason}"):
         source[1]
     assert source[2].conversation[1]["content"] == "b"
 

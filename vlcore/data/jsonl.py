@@ -24,7 +24,7 @@ class JsonRows:
     its text. Both are shared between forked worker processes.
 
     Raises:
-        ValueError: the file is empty, or a .json file is not one array.
+        ValueError: the file is empty, or a .json file is not one array and nothing else.
         OSError: it cannot be read.
     """
 
@@ -95,7 +95,8 @@ def _lines(path: Path) -> np.ndarray:
 
 def _items(path: Path, text: str) -> np.ndarray:
     """Where each item of a JSON array begins and ends in `text`."""
-    decoder, spans = json.JSONDecoder(), array("q")
+    # Numbers stay text here: Python refuses those of thousands of digits, which is to cost their row alone.
+    decoder, spans = json.JSONDecoder(parse_int=str), array("q")
     position = _skip_space(text, 0)
     if text[position : position + 1] != "[":
         raise ValueError(f"{path} is not a JSON array of rows; for one row a line, name the file .jsonl.")
@@ -113,6 +114,10 @@ def _items(path: Path, text: str) -> np.ndarray:
             position = _skip_space(text, position + 1)
         elif text[position : position + 1] != "]":
             raise ValueError(f"{path} breaks off after row {len(spans) // 2}: the array has no end.")
+    behind = _skip_space(text, position + 1)
+    if behind < len(text):
+        line = text.count("\n", 0, behind) + 1
+        raise ValueError(f"{path} goes on behind its array, in line {line}; for one row a line, name the file .jsonl.")
     return np.array(spans).reshape(-1, 2)
 
 
