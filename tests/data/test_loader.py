@@ -195,6 +195,14 @@ def test_a_conversation_without_an_answer_or_an_image_that_fits_is_overlong(proc
     assert len(encoded) == first
 
 
+def test_a_document_of_whose_text_nothing_fits_is_overlong(processor):
+    sample = Sample(id="s", modality="multimodal", document=[square(0), square(1), "a b c"])
+    with pytest.raises(Overlong, match="over the sequence length of 33"):
+        encoder(processor, sequence_length=33, overlong="truncate")(sample)
+    encoded, _ = encoder(processor, sequence_length=34, overlong="truncate")(sample)
+    assert len(encoded) == 34
+
+
 def test_overlong_samples_are_counted_apart_and_patience_with_them_is_longer(processor):
     short, long = texts("mixed", 1).samples, texts("mixed", 30, length=300).samples
     portions = list(loader(processor, of(Listed("mixed", "text", short + long)), steps=2).portions())
@@ -203,6 +211,9 @@ def test_overlong_samples_are_counted_apart_and_patience_with_them_is_longer(pro
     assert all(portion.overlong_samples == len(portion.rejections) for portion in portions)
     hopeless = next(loader(processor, of(Listed("long", "text", long)), steps=1).portions())
     assert "200 samples in a row drawn from 'long' are too long; of the last one, 'mixed-" in hopeless.failure
+
+
+USER = {"role": "user", "content": "And now?"}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +230,8 @@ def test_overlong_samples_are_counted_apart_and_patience_with_them_is_longer(pro
             r"all \d+ labels are masked",
         ),
         (Sample(id="s", modality="text", conversation=[{"role": "user"}]), {}, "content"),
+        (Sample(id="s", modality="text", conversation=[*chat("x").conversation, USER]), {}, "last turn is no answer"),
+        (Sample(id="s", modality="text", conversation=[USER, {"role": "assistant", "content": " "}]), {}, "no answer"),
     ],
 )
 def test_what_cannot_be_learned_says_why(processor, sample, settings, reason):

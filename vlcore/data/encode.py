@@ -33,8 +33,9 @@ class Encoder:
         """The sample encoded, and how many tokens were cut off its end.
 
         Raises:
-            BadSample: an image that cannot be read, placeholders that do not match the images, no token supervised,
-                images where its modality has none or the other way round, or `augment` fails or makes no image.
+            BadSample: an image that cannot be read, placeholders that do not match the images, no token supervised, a
+                conversation to learn all of that ends without an answer, images where its modality has none or the
+                other way round, or `augment` fails or makes no image.
             Overlong: too many tokens, and no beginning that could be learned.
         """
         try:
@@ -61,6 +62,8 @@ class Encoder:
         encoded = self.processor.encode_conversation(sample.conversation, supervise=True)
         if self.supervise == "answers":
             return encoded
+        if encoded.input_ids[-1] != self.processor.control.eos:
+            raise BadSample("its last turn is no answer, and what would open one is not to be learned.", sample.id)
         labels = encoded.input_ids.masked_fill(encoded.input_ids == self.processor.control.image, IGNORE_INDEX)
         labels[0] = IGNORE_INDEX  # BOS, which nothing comes before
         return replace(encoded, labels=labels)
@@ -73,7 +76,8 @@ class Encoder:
         ids = encoded.input_ids[:end]
         # An image's placeholders lie all before the end or all behind it.
         num_images = int((ids == self.processor.control.image).sum()) // self.processor.control.num_image_tokens
-        if not end or bool(num_images) != bool(encoded.images):
+        has_labels = bool((encoded.labels[1:end] != IGNORE_INDEX).any())
+        if not has_labels or bool(num_images) != bool(encoded.images):
             raise Overlong(f"it has {length} tokens, over the sequence length of {limit}.", sample.id)
         fitting = replace(encoded, input_ids=ids, labels=encoded.labels[:end], images=encoded.images[:num_images])
         return fitting, length - end
