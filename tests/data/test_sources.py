@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from toy_data import square, write_jsonl
 
 from vlcore.data import BadSample, Encoder, JsonlConversations, JsonlDocuments, JsonlText
@@ -205,6 +206,8 @@ def messages(content, **keys):
         messages([{"type": "image"}, {"type": "text", "text": "Is it?"}], images=["0.png"]),
         messages([{"type": "image", "image": "0.png"}, {"type": "text", "text": "Is it?"}]),
         messages([{"type": "image", "path": "0.png"}, {"type": "text", "text": "Is it?"}]),
+        messages([{"type": "text", "text": "<image>Is it?"}], images=["0.png"]),
+        messages([{"type": "text", "text": "<image>"}, {"type": "text", "text": "Is it?"}], images=["0.png"]),
     ],
 )
 def test_messages(root, row):
@@ -214,6 +217,18 @@ def test_messages(root, row):
         {"type": "image", "image": path},
         {"type": "text", "text": "Is it?"},
     ]
+
+
+def test_texts_in_parts_are_joined_as_in_a_chat(root, processor):
+    """Of every role, as the processor does with what a chat is given."""
+    roles = ("system", "user", "assistant")
+    turns = [
+        {"role": role, "content": [{"type": "text", "text": text} for text in (role, "is", "a cat.")]} for role in roles
+    ]
+    sample = JsonlConversations(write_jsonl(root / "chat.jsonl", [{"messages": turns}]))[0]
+    encoded, _ = Encoder(processor=processor, sequence_length=128)(sample)
+    assert torch.equal(encoded.input_ids, processor.encode_conversation(turns).input_ids)
+    assert "assistant is a cat." in processor.decode(encoded.input_ids)
 
 
 def test_a_file_of_both_modalities_is_parted_and_nothing_is_lost(root):
@@ -226,9 +241,37 @@ def test_a_file_of_both_modalities_is_parted_and_nothing_is_lost(root):
     assert text[0].conversation[0]["content"] == [{"type": "text", "text": "Hi"}]
 
 
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({}, "neither 'conversations' nor 'messages'"),
+        ({"foo": 1}, "neither 'conversations' nor 'messages'"),
+        ({"messages": "Hi"}, "neither 'conversations' nor 'messages'"),
+        (llava("<image>?", "a", picture="0.png"), "more <image> than it names images"),
+        (llava("<image>?", "a", image=""), "more <image> than it names images"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>?"}]}]}, "more <image> than"),
+    ],
+)
+def test_a_row_that_does_not_tell_its_modality_is_a_bad_one_of_both(root, row, reason):
+    path = write_jsonl(root / "mix.jsonl", [llava("Hi", "Hello"), row, llava("<image>?", "Cat", image="0.png")])
+    for source, number in ((JsonlConversations(path, root / "images"), 0), (JsonlConversations(path), 1)):
+        assert len(source) == 2
+        with pytest.raises(BadSample, match=reason) as caught:
+            source[number]
+        assert caught.value.sample_id == "mix.jsonl:2"
+
+
+@pytest.mark.parametrize("keys", [{"image": ""}, {"image": None}, {"images": []}, {"image": []}])
+def test_a_row_of_text_may_name_no_image_in_many_ways(root, keys):
+    rows = [llava("What is this tag?", "An <image>.", **keys), llava("<image>?", "Cat", image="0.png")]
+    path = write_jsonl(root / "mix.jsonl", rows)
+    assert [len(JsonlConversations(path, folder)) for folder in (None, root / "images")] == [1, 1]
+    assert JsonlConversations(path)[0].conversation[1]["content"] == "An <image>."
+
+
 def test_a_source_without_rows_of_its_modality_is_refused(root):
-    path = write_jsonl(root / "mix.jsonl", [llava("Hi", "Hello")])
-    with pytest.raises(ValueError, match=r"none of the 1 rows is multimodal"):
+    path = write_jsonl(root / "mix.jsonl", [llava("Hi", "Hello"), "{broken", {"prompt": "Hi"}])
+    with pytest.raises(ValueError, match=r"none of the 3 rows is multimodal"):
         JsonlConversations(path, root / "images")
     with pytest.raises(ValueError, match="needs images_root"):
         JsonlConversations(path, modality="multimodal")
@@ -241,6 +284,8 @@ def test_a_source_without_rows_of_its_modality_is_refused(root):
         (llava("What?", "a", image="0.png"), "names 1 images, but its text has 0 <image>"),
         (llava("<image>?", image="0.png"), "last turn is not the assistant's"),
         (llava("<image>?", "", image="0.png"), "a turn of 'gpt' has no text"),
+        (llava("<image>?", " \n", image="0.png"), "a turn of 'gpt' has no text"),
+        (messages([{"type": "text", "text": "<image><image>"}], images=["0.png"]), "more <image> than it names images"),
         (llava("<image>?", "a", image="../0.png"), "leads outside"),
         ({"image": "0.png"}, "neither 'conversations' nor 'messages'"),
         ({"image": "0.png", "conversations": []}, "neither 'conversations' nor 'messages'"),

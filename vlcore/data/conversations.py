@@ -1,6 +1,7 @@
 """Conversations in JSON or JSON Lines: LLaVA's `conversations`, and `messages` with `images`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class JsonlConversations:
 
     In both, `<image>` in a user's text stands for the next image. Files of instructions often hold rows with and
     without images; a source yields those of its own modality, and a second source on the same file yields the others.
+    An empty path is no image.
 
     Args:
         path: a .jsonl file, or a .json array.
@@ -32,7 +34,8 @@ class JsonlConversations:
 
     Raises:
         ValueError, OSError: no row is of the modality, or the file cannot be read. A bad row raises BadSample when it
-            is drawn; rows that are not JSON belong to both modalities.
+            is drawn; rows that do not tell their modality, which are not JSON, have no turns, or have an `<image>` and
+            name none, belong to both.
     """
 
     def __init__(
@@ -50,10 +53,10 @@ class JsonlConversations:
         if self.modality == "multimodal" and self.images_root is None:
             raise ValueError(f"JsonlConversations {self.name!r}: a multimodal source needs images_root.")
         wanted = self.modality == "multimodal"
-        kept = [i for i in range(len(self.rows)) if _has_images(self.rows.raw(i)) in (wanted, None)]
-        if not kept:
+        found = [_has_images(self.rows.raw(i)) for i in range(len(self.rows))]
+        if wanted not in found:
             raise ValueError(f"{self.rows.path}: none of the {len(self.rows)} rows is {self.modality}.")
-        self._kept = np.array(kept, dtype=np.int64)
+        self._kept = np.array([i for i, has in enumerate(found) if has in (wanted, None)], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -75,23 +78,44 @@ class JsonlConversations:
 
 
 def _has_images(raw: str | bytes) -> bool | None:
-    """Whether a row names an image; None where it is not a JSON object."""
+    """Whether a row names an image; None where it is bad in a way that does not tell whether it should."""
     try:
         row = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    return bool(_images(row)) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        return None
+    if _images(row):
+        return True
+    return None if not _turns(row) or any(map(_has_placeholder, _turns(row))) else False
+
+
+def _has_placeholder(turn: Any) -> bool:
+    """Whether a user's text has one, in parts or whole."""
+    role, content = _role_and_content(turn)
+    return role in ("human", "user") and PLACEHOLDER in str(content)
 
 
 def _images(row: dict[str, Any]) -> list[Any]:
     """What a row names as its images, in reading order: under `images` or `image`, or else in the content's parts."""
     named = row.get("images") or row.get("image")
-    if named is None:
-        turns = row.get("messages")
-        contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    if named in (None, "", []):
+        contents = [_role_and_content(turn)[1] for turn in _turns(row)]
         parts = [part for content in contents if isinstance(content, list) for part in content]
         return [part.get("image", part.get("path")) for part in parts if _is_image(part)]
     return named if isinstance(named, list) else [named]
+
+
+def _turns(row: dict[str, Any]) -> list[Any]:
+    turns = row.get("conversations", row.get("messages"))
+    return turns if isinstance(turns, list) else []
+
+
+def _role_and_content(turn: Any) -> tuple[Any, Any]:
+    """Of a turn of either form, not yet checked; None for what it lacks."""
+    if not isinstance(turn, dict):
+        return None, None
+    return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
 
 
 def _is_image(part: Any) -> bool:
@@ -100,8 +124,8 @@ def _is_image(part: Any) -> bool:
 
 def _conversation(row: dict[str, Any], images: list[Path]) -> list[dict[str, Any]]:
     """The row as messages, `images` put where the text says."""
-    turns = row.get("conversations", row.get("messages"))
-    if not isinstance(turns, list) or not turns:
+    turns = _turns(row)
+    if not turns:
         raise BadSample("it has neither 'conversations' nor 'messages' with turns in it.")
     waiting = iter(images)
     conversation = [_message(turn, waiting) for turn in turns]
@@ -116,15 +140,14 @@ def _conversation(row: dict[str, Any], images: list[Path]) -> list[dict[str, Any
 def _message(turn: Any, waiting: Any) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise BadSample(f"turn {turn!r} is not an object."[:200])
-    role = turn.get("from", turn.get("role"))
-    content = turn.get("value", turn.get("content"))
+    role, content = _role_and_content(turn)
     if not isinstance(role, str) or role not in ROLES:
         raise BadSample(f"role {role!r:.80} is none of {', '.join(ROLES)}.")
     if ROLES[role] == "user":
         return {"role": "user", "content": _parts(content, waiting)}
     if isinstance(content, list):
-        content = "".join(_text_of(part) for part in content)
-    if not isinstance(content, str) or (ROLES[role] == "assistant" and not content):
+        content = " ".join(_text_of(part) for part in content)  # as the processor joins a user's
+    if not isinstance(content, str) or (ROLES[role] == "assistant" and not content.strip()):
         raise BadSample(f"a turn of {role!r} has no text.")
     return {"role": ROLES[role], "content": content}
 
@@ -132,19 +155,20 @@ def _message(turn: Any, waiting: Any) -> dict[str, Any]:
 def _parts(content: Any, waiting: Any) -> list[dict[str, Any]]:
     """A user's content as parts: text, and an image for each placeholder."""
     if isinstance(content, str):
-        pieces = [{"type": "text", "text": text} for text in content.split(PLACEHOLDER)]
-        content = [part for piece in pieces for part in ({"type": "image"}, piece)][1:]
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise BadSample(f"a user's turn has no text: {content!r}."[:200])
     parts: list[dict[str, Any]] = []
     for part in content:
-        if _is_image(part):
-            image = next(waiting, None)
-            if image is None:
+        pieces = [PLACEHOLDER] if _is_image(part) else re.split(f"({PLACEHOLDER})", _text_of(part))
+        for piece in pieces:
+            if piece != PLACEHOLDER:
+                parts.append({"type": "text", "text": piece})
+            elif image := next(waiting, None):
+                parts.append({"type": "image", "image": image})
+            else:
                 raise BadSample(f"its text has more {PLACEHOLDER} than it names images.")
-            parts.append({"type": "image", "image": image})
-        elif text := _text_of(part):
-            parts.append({"type": "text", "text": text})
+    parts = [part for part in parts if part.get("text") != ""]
     if not parts:
         raise BadSample("a user's turn is empty.")
     return parts
