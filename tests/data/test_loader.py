@@ -1,6 +1,10 @@
 """Batches out of a mixture: replaced bad samples, packing, workers, augmentation."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from toy_data import Listed, captions, instructions, mixture, square, texts
 from vlcore.data import BadSample, Encoder, Entry, Loader, Mixture, Overlong, Sample, Sampler
 
 PLACEHOLDER = 3
+TESTS = Path(__file__).parent.parent
 
 
 def encoder(processor, **settings):
@@ -293,6 +298,35 @@ def test_a_source_that_fails_is_no_bad_sample(processor, workers):
     portions = loader(processor, of(Failing("mine", "text", [None] * 3)), workers=workers, steps=1).portions()
     with pytest.raises(RuntimeError, match=r"The source 'mine' failed at \[\d\]: ValueError: a bug"):
         next(portions)
+
+
+RAISES = """
+import torch
+from small_tokenizer import small_tokenizer
+from test_loader import loader, of
+from toy_data import texts
+
+from vlcore import Processor
+from vlcore.config import preset
+
+config = preset("tiny")
+portions = loader(Processor(small_tokenizer(config), config), of(texts()), workers=2).portions()
+next(portions)
+raise MemoryError("of the user's")
+"""
+
+
+def test_a_program_that_fails_ends_its_workers():
+    """A traceback keeps the portions until Python ends, which ends the workers and waits for them."""
+    paths = os.pathsep.join([*map(str, (TESTS, TESTS / "data")), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", RAISES],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stderr.endswith("MemoryError: of the user's\n")
 
 
 def test_augmentation_changes_images_the_same_way_each_time(processor):

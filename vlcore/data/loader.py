@@ -1,10 +1,13 @@
 """Batches of a stage, step by step: drawn, encoded and collated, in worker processes where asked."""
 
+import atexit
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import RawValue
 from typing import Any
 
 import numpy as np
@@ -94,18 +97,26 @@ class Loader:
     def portions(self, start: int = 0) -> Iterator[Portion]:
         """The portions of the steps from `start` on, in order."""
         workers: dict[str, Any] = {"num_workers": self._num_workers}
+        is_over = RawValue("b", False)
         if self._num_workers:
-            workers |= {"prefetch_factor": 4, "worker_init_fn": _ignore_signals}
-        # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
-        yield from DataLoader(
-            self._portions,
-            sampler=self._portions.keys(start),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            generator=torch.Generator().manual_seed(0),
-            pin_memory=torch.cuda.is_available(),
-            **workers,
-        )
+            workers |= {"prefetch_factor": 4, "worker_init_fn": partial(_heed_signals, is_over)}
+        end = partial(setattr, is_over, "value", True)
+        # Called ahead of what ends the workers, which a traceback may keep until then.
+        atexit.register(end)
+        try:
+            # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
+            yield from DataLoader(
+                self._portions,
+                sampler=self._portions.keys(start),
+                batch_size=None,
+                collate_fn=_as_it_is,
+                generator=torch.Generator().manual_seed(0),
+                pin_memory=torch.cuda.is_available(),
+                **workers,
+            )
+        finally:
+            end()
+            atexit.unregister(end)
 
 
 class _Portions(Dataset):
@@ -188,10 +199,11 @@ def _augmented(image: Image.Image, *, change: Augment, generator: np.random.Gene
     return change(image, generator)
 
 
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach workers too; but they are needed until whoever reads from them stops."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _heed_signals(is_over: Any, _: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach workers too; but they are needed until whoever reads from them is over, who
+    then ends them by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if is_over.value else None)
 
 
 def _as_it_is(portion: Any) -> Any:
