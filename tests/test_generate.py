@@ -248,6 +248,7 @@ def test_generation_in_bfloat16(model, processor):
         ({"max_new_tokens": 0}, "max_new_tokens 0 must be a positive integer"),
         ({"max_new_tokens": 2.0}, "max_new_tokens 2.0 must be a positive integer"),
         ({"max_new_tokens": True}, "max_new_tokens True must be"),
+        ({"seed": torch.tensor(1.5)}, r"seed tensor\(1.5000\) must be an integer"),
         ({"temperature": -0.1}, r"temperature -0.1 must be 0 \(greedy\) or a positive number"),
         ({"temperature": math.nan}, "temperature nan must be"),
         ({"temperature": math.inf}, "temperature inf must be"),

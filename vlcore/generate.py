@@ -1,10 +1,10 @@
 """Generation: all prompts of a batch in one prefill, then one token a row and step."""
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from threading import Lock
 from typing import Any, SupportsIndex, overload
 
@@ -142,9 +142,9 @@ def generate(
 
 def _integer(name: str, value: Any, least: int, most: float, needed: str) -> int:
     """A number of any type that is an integer to Python, such as NumPy's."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or not least <= operator.index(value) <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ValueError(f"{name} {value!r} must be {needed}.")
-    return operator.index(value)
+    return int(value)
 
 
 # Of each model that is run in eval mode at this moment: by how many threads, and the modes that the first one found.

@@ -13,8 +13,11 @@ from traceback import extract_tb
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 SPELLINGS = {"true": True, "false": False, "none": None, "null": None}
-NUMBERS = {int: Integral, float: Real}
+NUMBERS, BOOLS = {int: Integral, float: Real}, (bool, np.bool_)
+LARGEST_EXACT = 2**53  # of the integers that are floats
 SCALARS = (bool, int, float, str, NoneType, Path)
 
 
@@ -166,14 +169,16 @@ def _match_any(value: Any, kind: Any) -> tuple[bool, Any]:
 def _match(value: Any, kind: Any) -> tuple[bool, Any]:
     """Whether `value` is, or exactly converts to, a `kind`; and it as one."""
     if get_origin(kind) is Literal:
-        return value in get_args(kind), value
+        return isinstance(value, str) and value in get_args(kind), value
     if get_origin(kind) is tuple:
         return _match_tuple(value, get_args(kind))
     if get_origin(kind) is Callable:
         return callable(value), value
     # To Python, True is an integer.
-    if kind is bool or isinstance(value, bool):
-        return kind is type(value), value
+    if isinstance(value, BOOLS):
+        return kind is bool, bool(value)
+    if kind is float and isinstance(value, Integral) and abs(int(value)) > LARGEST_EXACT:
+        return False, value
     if kind in NUMBERS and isinstance(value, NUMBERS[kind]):
         return True, kind(value)
     if kind is Path and isinstance(value, str):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -298,6 +299,25 @@ def test_a_source_that_fails_is_no_bad_sample(processor, workers):
     portions = loader(processor, of(Failing("mine", "text", [None] * 3)), workers=workers, steps=1).portions()
     with pytest.raises(RuntimeError, match=r"The source 'mine' failed at \[\d\]: ValueError: a bug"):
         next(portions)
+
+
+class Slowing(Listed):
+    read = 0
+
+    def __getitem__(self, index):
+        self.read += 1
+        if self.read > 1:
+            time.sleep(60)
+        return super().__getitem__(index)
+
+
+def test_a_worker_is_not_waited_for_when_nobody_reads_on(processor):
+    source = Slowing("slow", "text", texts().samples)
+    portions = loader(processor, of(source), samples=1, workers=1).portions()
+    next(portions)
+    begin = time.monotonic()
+    portions.close()
+    assert time.monotonic() - begin < 30
 
 
 RAISES = """

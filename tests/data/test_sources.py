@@ -261,7 +261,7 @@ def test_a_row_that_does_not_tell_its_modality_is_a_bad_one_of_both(root, row, r
         assert caught.value.sample_id == "mix.jsonl:2"
 
 
-@pytest.mark.parametrize("keys", [{"image": ""}, {"image": None}, {"images": []}, {"image": []}])
+@pytest.mark.parametrize("keys", [{"image": ""}, {"image": None}, {"images": []}, {"images": [""]}])
 def test_a_row_of_text_may_name_no_image_in_many_ways(root, keys):
     rows = [llava("What is this tag?", "An <image>.", **keys), llava("<image>?", "Cat", image="0.png")]
     path = write_jsonl(root / "mix.jsonl", rows)

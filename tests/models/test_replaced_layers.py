@@ -57,7 +57,9 @@ def outcome(model):
         for token in range(4, 4 + STEPS):
             decoded.append(step(torch.tensor([token])))
             cache.advance()
-    return output.logits, output.loss, torch.stack(decoded)
+    scores = model.loss(output.hidden, labels, "none")
+    assert scores.shape == ids.shape
+    return output.logits, output.loss, scores, torch.stack(decoded)
 
 
 def linears(model):

@@ -41,6 +41,8 @@ from vlcore.train.stages import FINETUNING_PERCENT, PRETRAINING_PERCENT
         ("steps", True, r"steps is True \(bool\); it must be int\."),
         ("packing", "no", r"packing is 'no'; it must be bool\."),
         ("packing", 1, r"packing is 1 \(int\); it must be bool\."),
+        ("learning_rate", 10**400, r"learning_rate is 10{70,}.* \(int\); it must be float\."),
+        ("schedule", np.zeros(2), r"schedule is array\(.*\(ndarray\); it must be 'cosine' or"),
         ("text_ratio", "half", r"text_ratio is 'half'; it must be float or none\."),
         ("betas", (0.9,), r"betas is \(0.9,\) \(tuple\); it must be \(float, float\)\."),
         ("betas", (0.9, math.nan), r"betas is \(0.9, nan\); it must be in 0\.\.1"),
@@ -97,6 +99,7 @@ def test_lists_and_numpys_numbers_become_what_is_declared(stage, processor):
     assert repr(values) == "(('language',), (0.9, 0.5), 0.5, 3, 1.0)"
     assert describe(config, preset("tiny"), processor)["stages"][0]["learning_rate"] == 0.5
     assert overrides.apply(config, ["stages.0.steps=1"]).stages[0].steps == 1
+    assert stage(packing=np.True_).packing is True
 
 
 def test_a_mixture_of_a_list_is_reached_by_overrides(stage):

@@ -8,7 +8,7 @@ from small_tokenizer import small_tokenizer
 from torch._dynamo.utils import counters
 
 from vlcore.config import preset
-from vlcore.models import DeepSeekVL, init_weights
+from vlcore.models import DeepSeekVL, init_weights, quantize
 from vlcore.processing import Processor
 from vlcore.train import TrainConfig, start, train
 
@@ -73,6 +73,12 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(config):
     processor = Processor(small_tokenizer(own), own)
     with pytest.raises(ValueError, match=rf"makes ids up to {processor.num_token_ids - 1}; the model has 64"):
         train(config, DeepSeekVL(small), processor)
+
+
+def test_a_quantised_model_is_refused(config, model, processor):
+    quantize(model)
+    with pytest.raises(ValueError, match="quantised cannot be trained: language.* holds integers"):
+        train(config, model, processor)
 
 
 def test_one_of_several_processes_is_refused(config, model, processor, monkeypatch):

@@ -103,17 +103,19 @@ class Loader:
         end = partial(setattr, is_over, "value", True)
         # Called ahead of what ends the workers, which a traceback may keep until then.
         atexit.register(end)
+        # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
+        loader = DataLoader(
+            self._portions,
+            sampler=self._portions.keys(start),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            generator=torch.Generator().manual_seed(0),
+            pin_memory=torch.cuda.is_available(),
+            **workers,
+        )
+        portions = iter(loader)  # it ends the workers when it goes, which is behind `end`
         try:
-            # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
-            yield from DataLoader(
-                self._portions,
-                sampler=self._portions.keys(start),
-                batch_size=None,
-                collate_fn=_as_it_is,
-                generator=torch.Generator().manual_seed(0),
-                pin_memory=torch.cuda.is_available(),
-                **workers,
-            )
+            yield from portions
         finally:
             end()
             atexit.unregister(end)

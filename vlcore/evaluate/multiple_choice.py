@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlcore import ops
 from vlcore.evaluate.prefix import PrefixRecorder, SharedPrefix
 from vlcore.generate import evaluating
 from vlcore.models import DeepSeekVL
@@ -239,9 +238,7 @@ def _score(
         memory = SharedPrefix(recorder, prompts)
         following = model(inputs, positions=behind, memory=memory, return_logits=False).hidden
         states_BTD = torch.cat([states_BTD, following], 1)
-    weight = model.lm_head.weight.to(states_BTD.dtype)
-    nll = ops.linear_cross_entropy(states_BTD, weight, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    sums = iter(nll.double().sum(1).tolist())
+    sums = iter(model.loss(states_BTD, labels, "none").double().sum(1).tolist())
     return [[OptionScore(next(sums), len(ids)) for ids in options] for _, options in questions]
 
 

@@ -176,7 +176,7 @@ class DeepSeekVL(nn.Module):
         if positions is None:
             positions = restarting_positions(input_ids, cu_seqlens)
         hidden = self.language(embeddings, positions, cu_seqlens=cu_seqlens, memory=memory)
-        loss = None if labels is None else self._loss(hidden, shifted_labels(labels, cu_seqlens), loss_reduction)
+        loss = None if labels is None else self.loss(hidden, shifted_labels(labels, cu_seqlens), loss_reduction)
         if return_logits is None:
             return_logits = labels is None and not self.training
         return VLOutput(loss, self.lm_head(hidden) if return_logits else None, hidden)
@@ -192,6 +192,34 @@ class DeepSeekVL(nn.Module):
         """One new text token (B,) a row, behind what the caches hold -> hidden states (B, D); see `Llama.decode`."""
         embeddings = self.language.embed_tokens(tokens[:, None], self.compute_dtype)
         return self.language.decode(embeddings, operands, key_caches, value_caches, lengths)[:, 0]
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """The cross-entropy of hidden states' logits.
+
+        Args:
+            hidden: (B, T, D), what the language model gives.
+            targets: (B, T) int, the token that each state is to predict, or -100.
+            reduction: "mean" over the supervised tokens, "sum", or "none".
+
+        Returns:
+            A scalar, or (B, T) with 0 where nothing is supervised for "none"; float32.
+
+        Raises:
+            ValueError: no target is supervised under "mean" (not checked in a compiled graph).
+        """
+        # What depends on the values cannot be checked in a compiled graph.
+        if reduction == "mean" and has_values(targets) and not (targets != IGNORED).any():
+            raise ValueError(
+                f"All {targets.numel()} labels are masked ({IGNORED}), so there is no mean loss: nothing is supervised."
+            )
+        if not is_plain(self.lm_head):
+            logits = self.lm_head(hidden).flatten(0, -2).float()
+            losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+            return losses.view(targets.shape) if reduction == "none" else losses
+        weight = self.lm_head.operand(hidden.dtype)
+        if isinstance(weight, ops.QuantizedWeight):
+            weight = weight.dequantize(hidden.dtype)
+        return ops.linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORED, reduction=reduction)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of "sam" (ViT and necks), "siglip", "adaptor" (with the two stride-2 convolutions and alpha,
@@ -217,20 +245,6 @@ class DeepSeekVL(nn.Module):
         )
         logits = None if packed.logits is None else unpack(packed.logits[0], real, input_ids.shape)
         return VLOutput(packed.loss, logits, unpack(packed.hidden[0], real, input_ids.shape))
-
-    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        # What depends on the values cannot be checked in a compiled graph.
-        if reduction == "mean" and has_values(targets) and not (targets != IGNORED).any():
-            raise ValueError(
-                f"All {targets.numel()} labels are masked ({IGNORED}), so there is no mean loss: nothing is supervised."
-            )
-        if not is_plain(self.lm_head):
-            logits = self.lm_head(hidden).flatten(0, -2).float()
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-        weight = self.lm_head.operand(hidden.dtype)
-        if isinstance(weight, ops.QuantizedWeight):
-            weight = weight.dequantize(hidden.dtype)
-        return ops.linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORED, reduction=reduction)
 
     def _check_features(self, image_features: Tensor) -> None:
         tokens, size = self.config.num_image_tokens, self.config.language.hidden_size

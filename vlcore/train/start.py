@@ -14,7 +14,7 @@ from vlcore.checkpoint import from_pretrained
 from vlcore.config import PRESETS, VLConfig, preset
 from vlcore.data import BadSample, Source
 from vlcore.data.sampler import text_share
-from vlcore.models import DeepSeekVL, init_weights
+from vlcore.models import DeepSeekVL, init_weights, quantized_name
 from vlcore.processing import Processor
 from vlcore.train.config import Stage, TrainConfig
 from vlcore.train.state import remove_checkpoints, remove_leftovers
@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Variants of one block's code: with or without a gradient, first layer or not, packed or not, and sizes of 1, which the
 # compiler tells from more. A run of three stages makes about ten.
 RECOMPILE_LIMIT = 64
-# Samples at the beginning of a source, which tell what it holds.
+# Samples at the beginning of a source, one of which is good and tells what it holds.
 LOOKED_AT = 20
 
 
@@ -97,9 +97,11 @@ def check(config: TrainConfig, model: DeepSeekVL, processor: Processor) -> None:
     """Find what would only fail, or train nothing, hours later.
 
     Raises:
-        ValueError: model and processor disagree on images or tokens, a stage asks for what the model or the data lacks,
-            or there is no such backend to compile with.
+        ValueError: the model is quantised, it and the processor disagree on images or tokens, a stage asks for what the
+            model or the data lacks, or there is no such backend to compile with.
     """
+    if name := quantized_name(model):
+        raise ValueError(f"A model that is quantised cannot be trained: {name} holds integers, which have no gradient.")
     for name in ("image_token_id", "image_size", "num_image_tokens", "pad_color"):
         _check_same(name, getattr(model.config, name), getattr(processor.config, name))
     for name in ("bos_token_id", "eos_token_id"):
@@ -154,14 +156,11 @@ def _check_stage(stage: Stage, model: DeepSeekVL) -> None:
 
 
 def _is_of_documents(source: Source) -> bool:
-    """Whether documents are all that is found at its beginning."""
-    found = False
+    """Whether the first sample that can be read is one."""
     for index in range(min(len(source), LOOKED_AT)):
         with suppress(BadSample):
-            if source[index].document is None:
-                return False
-            found = True
-    return found
+            return source[index].document is not None
+    return False
 
 
 @contextmanager
@@ -178,7 +177,7 @@ def training_mode(model: DeepSeekVL, config: TrainConfig) -> Iterator[None]:
         with _compiled(model, config.compile) if config.compile else nullcontext():
             yield
     finally:
-        model.compute_dtype = None if dtype == model.lm_head.weight.dtype else dtype
+        model.compute_dtype = None if dtype == model.language.embed_tokens.weight.dtype else dtype
         for module, value in zip(recomputing, before, strict=True):
             module.activation_checkpointing = value
         model.requires_grad_(True)

@@ -92,7 +92,7 @@ class Trainer:
         self.config, self.model, self.processor = config, model, processor
         self.output_dir = Path(config.output_dir)
         self.folder = self.output_dir / CHECKPOINTS
-        self.device = model.lm_head.weight.device
+        self.device = next(model.parameters()).device
         self.progress = Progress()
         self.interrupts = Interrupts()
         self.resumed_step: int | None = None
