@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import RawValue
+from multiprocessing import Event
 from typing import Any
 
 import numpy as np
@@ -97,12 +97,11 @@ class Loader:
     def portions(self, start: int = 0) -> Iterator[Portion]:
         """The portions of the steps from `start` on, in order."""
         workers: dict[str, Any] = {"num_workers": self._num_workers}
-        is_over = RawValue("b", False)
+        is_over = Event()
         if self._num_workers:
             workers |= {"prefetch_factor": 4, "worker_init_fn": partial(_heed_signals, is_over)}
-        end = partial(setattr, is_over, "value", True)
         # Called ahead of what ends the workers, which a traceback may keep until then.
-        atexit.register(end)
+        atexit.register(is_over.set)
         # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
         loader = DataLoader(
             self._portions,
@@ -113,12 +112,12 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
             **workers,
         )
-        portions = iter(loader)  # it ends the workers when it goes, which is behind `end`
+        portions = iter(loader)  # it ends the workers when it goes, which is behind `set`
         try:
             yield from portions
         finally:
-            end()
-            atexit.unregister(end)
+            is_over.set()
+            atexit.unregister(is_over.set)
 
 
 class _Portions(Dataset):
@@ -205,7 +204,7 @@ def _heed_signals(is_over: Any, _: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach workers too; but they are needed until whoever reads from them is over, who
     then ends them by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if is_over.value else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if is_over.is_set() else None)
 
 
 def _as_it_is(portion: Any) -> Any:
