@@ -55,6 +55,7 @@ step() {
     status=$?
     # What a step leaves behind would take the next one's cores, and keep the log open.
     kill -KILL -- "-$group" 2>/dev/null
+    group=""
     echo "== $step: status $status after $((SECONDS - begin)) s"
     ((status == 0)) || failed+=("$step")
 }

@@ -87,7 +87,7 @@ def reached(operators: Sequence[str], pool: Executor) -> dict[Entry, list[Run]]:
         for place in range(len(gpu_cases(operator)))
         for dtype in DTYPES_TRIED
     ]
-    here = launch.architecture(torch.cuda.current_device()), _capability()
+    here = _this_gpu()
     launched = [pool.submit(launched_with, run, *here) for run in runs]
     by_entry: dict[Entry, list[Run]] = {}
     for run, entries in zip(runs, launched, strict=True):
@@ -105,8 +105,7 @@ def reached(operators: Sequence[str], pool: Executor) -> dict[Entry, list[Run]]:
 def compile_benched(runs: Iterable[Run], pool: Executor) -> None:
     """What the benches among the runs launch, on all cores, into Triton's cache on disk: the benches, which are timed
     one after another, find it there."""
-    here = launch.architecture(torch.cuda.current_device()), _capability()
-    wait([pool.submit(spills, run, *here) for run in runs if run.is_benched], PATIENCE)
+    wait([pool.submit(spills, run, *_this_gpu()) for run in runs if run.is_benched], PATIENCE)
 
 
 def _told_apart(runs: list[Run]) -> list[Run]:
@@ -115,9 +114,10 @@ def _told_apart(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run.dtype != TF32 or (run.operator, run.place) not in known]
 
 
-def _capability() -> int:
+def _this_gpu() -> tuple[str, int]:
+    """The architecture whose tables it is launched by, and its compute capability."""
     major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+    return launch.architecture(torch.cuda.current_device()), 10 * major + minor
 
 
 def launched_with(run: Run, architecture: str, capability: int) -> list[Entry]:
@@ -150,7 +150,7 @@ def spills(run: Run, architecture: str, capability: int, tried: Tried | None = N
 def on_this_gpu(entry: Entry, runs: Sequence[Run], pool: Executor) -> Trial:
     """Trials of an entry by the runs that reach it; compilations go to the pool, and into Triton's cache on disk."""
     inputs = [run.inputs() for run in runs]
-    here = entry.architecture, _capability()
+    here = _this_gpu()
 
     def usable(candidates: list[Settings], patience: float) -> list[Settings]:
         futures = [[pool.submit(spills, run, *here, {entry: settings}) for run in runs] for settings in candidates]

@@ -7,12 +7,13 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from vlcore.bench import tune
+from vlcore.bench import trials, tune
 from vlcore.bench.launches import Entry
 from vlcore.bench.trials import Trial
 from vlcore.kernels import launch
@@ -195,20 +196,24 @@ def test_settings_that_are_not_in_the_table_are_compiled():
     assert done.returncode == 0, done.stderr
 
 
+def test_what_the_benches_launch_is_compiled_ahead(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(trials, "_this_gpu", lambda: ("sm_90", 90))
+    monkeypatch.setattr(trials, "spills", lambda *given: compiled.append(given))
+    runs = [trials.Run("swiglu", place, dtype) for place in (0, 99) for dtype in ("bfloat16", "float32")]
+    with ThreadPoolExecutor(1) as pool:
+        trials.compile_benched(runs, pool)
+        assert compiled == [(run, "sm_90", 90) for run in runs[:2]]
+
+
 ORDER = """
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import torch
 from vlcore.bench import trials
-from vlcore.kernels import launch
 
 at_once = SimpleNamespace(submit=lambda function, *given: SimpleNamespace(result=lambda: function(*given)))
-with (
-    patch.object(torch.cuda, "current_device", return_value=0),
-    patch.object(launch, "architecture", return_value="sm_90"),
-    patch.object(trials, "_capability", return_value=90),
-):
+with patch.object(trials, "_this_gpu", return_value=("sm_90", 90)):
     for entry, runs in trials.reached(["swiglu", "attention"], at_once).items():
         dtypes = {run.dtype for run in runs}
         print(entry.operator, entry.index, any(run.dtype == "bfloat16" and run.is_benched for run in runs), *dtypes)

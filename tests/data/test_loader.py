@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -312,12 +313,15 @@ class Slowing(Listed):
 
 
 def test_a_worker_is_not_waited_for_when_nobody_reads_on(processor):
-    source = Slowing("slow", "text", texts().samples)
+    source, others = Slowing("slow", "text", texts().samples), {*active_children()}
     portions = loader(processor, of(source), samples=1, workers=1).portions()
     next(portions)
+    [worker] = {*active_children()} - others
     begin = time.monotonic()
     portions.close()
     assert time.monotonic() - begin < 30
+    # Its sample would take it a minute.
+    assert not worker.is_alive()
 
 
 RAISES = """

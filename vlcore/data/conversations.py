@@ -98,15 +98,13 @@ def _has_placeholder(turn: Any) -> bool:
 
 def _images(row: dict[str, Any]) -> list[Any]:
     """What a row names as its images, in reading order: under `images` or `image`, or else in the content's parts."""
-    under_a_key = row.get("images") or row.get("image")
-    named = [
-        each for each in (under_a_key if isinstance(under_a_key, list) else [under_a_key]) if each not in (None, "")
-    ]
-    if not named:
-        contents = [_role_and_content(turn)[1] for turn in _turns(row)]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-        return [part.get("image", part.get("path")) for part in parts if _is_image(part)]
-    return named
+    named = row.get("images") or row.get("image")
+    named = [each for each in (named if isinstance(named, list) else [named]) if each not in (None, "")]
+    if named:
+        return named
+    contents = [_role_and_content(turn)[1] for turn in _turns(row)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part.get("image", part.get("path")) for part in parts if _is_image(part)]
 
 
 def _turns(row: dict[str, Any]) -> list[Any]:

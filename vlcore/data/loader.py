@@ -96,28 +96,32 @@ class Loader:
 
     def portions(self, start: int = 0) -> Iterator[Portion]:
         """The portions of the steps from `start` on, in order."""
-        workers: dict[str, Any] = {"num_workers": self._num_workers}
+        if not self._num_workers:
+            yield from self._loader(start)
+            return
         is_over = Event()
-        if self._num_workers:
-            workers |= {"prefetch_factor": 4, "worker_init_fn": partial(_heed_signals, is_over)}
         # Called ahead of what ends the workers, which a traceback may keep until then.
         atexit.register(is_over.set)
+        workers = {"prefetch_factor": 4, "worker_init_fn": partial(_heed_signals, is_over)}
+        portions = iter(self._loader(start, **workers))  # it ends the workers when it goes, which is behind `set`
+        try:
+            yield from portions
+        finally:
+            is_over.set()
+            atexit.unregister(is_over.set)
+
+    def _loader(self, start: int, **workers: Any) -> DataLoader:
         # Its own generator: the loader draws a seed for workers, and torch's global one is not ours to advance.
-        loader = DataLoader(
+        return DataLoader(
             self._portions,
             sampler=self._portions.keys(start),
             batch_size=None,
             collate_fn=_as_it_is,
             generator=torch.Generator().manual_seed(0),
             pin_memory=torch.cuda.is_available(),
+            num_workers=self._num_workers,
             **workers,
         )
-        portions = iter(loader)  # it ends the workers when it goes, which is behind `set`
-        try:
-            yield from portions
-        finally:
-            is_over.set()
-            atexit.unregister(is_over.set)
 
 
 class _Portions(Dataset):
