@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-6
 
@@ -157,6 +158,16 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q, k, v)
+
+
+def by_cudnn(attend: Callable[..., object]) -> Alternative:
+    """What attends by SDPA, by that of cuDNN, which torch need not take by itself, and which takes no float32."""
+
+    def call(*inputs: object) -> object:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attend(*inputs)
+
+    return Alternative(call)
 
 
 def liger(function: str, *constants: float) -> Alternative:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcore.bench.alternatives import Alternative, xformers_attention
+from vlcore.bench.alternatives import Alternative, by_cudnn, xformers_attention
 from vlcore.bench.harness import Case, Inputs, Maker
 from vlcore.bench.shapes import HYBRID
 
@@ -26,7 +26,11 @@ def _case(batch: int, trains: bool = False) -> Case:
         operator="attention",
         shape=f"{batch} × {TOKENS} tokens, {HEADS} heads of {DIM}",
         inputs=inputs,
-        peers={"SDPA": _sdpa, "xformers": Alternative(xformers_attention, "xformers")},
+        peers={
+            "SDPA": _sdpa,
+            "SDPA by cuDNN": by_cudnn(_sdpa),
+            "xformers": Alternative(xformers_attention, "xformers"),
+        },
         flops=4 * batch * HEADS * TOKENS**2 * DIM * (3.5 if trains else 1),
         trains=trains,
     )

@@ -12,6 +12,7 @@ from vlcore import ops
 from vlcore.bench.alternatives import (
     Alternative,
     FlexPacked,
+    by_cudnn,
     compiled,
     flex_masked,
     llama_attention,
@@ -43,6 +44,7 @@ def _case(tokens: int, trains: bool = False) -> Case:
         inputs=inputs,
         peers={
             "rotate, SDPA": _rotate_and_sdpa,
+            "rotate, SDPA by cuDNN": by_cudnn(_rotate_and_sdpa),
             "transformers": Alternative(llama_attention, "transformers", BOTH),
             "rotate, xformers": Alternative(partial(ops.rope_attention, backend="xformers"), "xformers"),
         },

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -60,14 +61,16 @@ def _public_next_token(twin: Any, ids: Tensor, token: Tensor, compiled: bool = F
     """transformers' step; what it appends to its cache is taken off again, which moves nothing."""
     cache: Any = None
     forward = torch.compile(twin.forward, dynamic=False) if compiled else twin.forward
+    # Its name since transformers 5.24, and before.
+    name = "cache" if "cache" in signature(twin.forward).parameters else "past_key_values"
 
     def run() -> Tensor:
         nonlocal cache
         if cache is None:
-            cache = twin(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        logits = forward(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            cache = getattr(twin(input_ids=ids, use_cache=True, logits_to_keep=1), name)
+        logits = forward(input_ids=token, use_cache=True, logits_to_keep=1, **{name: cache}).logits
         cache.crop(-1)
-        return logits
+        return logits[:, -1]
 
     return run
 

@@ -139,7 +139,7 @@ MORE: Mapping[str, Sequence[Case]] = {
     "layer_norm": _norm("layer_norm", tensors=1, vectors=2),
     "linear_cross_entropy": [_scaled_gradient()],
     "quantized_linear": [
-        _quantized_linear(rows, bits, group_size) for rows in (1, 64, 640) for bits, group_size in ((8, None), (4, 64))
+        _quantized_linear(rows, bits, group_size) for rows in (1, 64, 512) for bits, group_size in ((8, None), (4, 64))
     ],
     "rel_pos_attention": [_rel_pos_attention(14, 64), _rel_pos_attention(64, 80)],
     "rms_norm": _norm("rms_norm", tensors=1, vectors=1),

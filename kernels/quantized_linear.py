@@ -1,9 +1,15 @@
 """Linear layers with a weight of integers in Triton: the integers become floats in the registers of a tile's load.
 
 The weight is the left operand of the product, y^T = W x^T: tensor cores take that one from registers, where the
-integers are unpacked, and the few rows of a decoding step fill the narrow side of a tile.
+integers are unpacked, and the few rows of a decoding step fill the narrow side of a tile. Each block of rows unpacks
+the weight anew, and the tensor cores wait for it; many rows, and gradients, are multiplied by torch with a weight that
+is unpacked once.
 """
 
+import math
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +17,11 @@ from torch import Tensor
 from . import direct_launch
 from .launch import ceil_div, next_power_of_2, settings
 from .matrix_product import input_precision, operand_bits
+
+# The most rows that are multiplied as the weight is unpacked. Counted in Hopper's code, unpacking takes a tile of 128
+# rows as long as multiplying it does, and the two wait for each other: from some 400 rows on it takes less to write the
+# weight and read it again. Not measured.
+MAX_UNPACKED = 512
 
 
 @triton.jit
@@ -90,70 +101,68 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    grad_y_ptr, values_ptr, scales_ptr, grad_x_ptr, num_rows, num_outputs, num_inputs, row_bytes,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _dequantize_kernel(
+    values_ptr, scales_ptr, weight_ptr, num_outputs, num_inputs, row_bytes,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * BLOCK_K
-    dtype: tl.constexpr = grad_y_ptr.dtype.element_ty
-    sums = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-
-    for first_output in range(0, num_outputs, BLOCK_N):
-        outputs = first_output + tl.arange(0, BLOCK_N).to(tl.int64)
-        mask = (rows < num_rows)[:, None] & (outputs < num_outputs)[None, :]
-        grad_y = tl.load(grad_y_ptr + rows[:, None] * num_outputs + outputs[None, :], mask=mask, other=0.0)
-        weight = _load_weight(
-            values_ptr, scales_ptr, outputs, first, num_outputs, num_inputs, row_bytes, dtype, BITS, GROUP, BLOCK_K
-        )
-        if GROUP == 0:
-            scales = tl.load(scales_ptr + outputs, mask=outputs < num_outputs, other=0.0)
-            weight = (weight.to(tl.float32) * scales[:, None]).to(dtype)
-        sums = tl.dot(grad_y, weight, sums, input_precision=PRECISION)
-
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    weight = _load_weight(
+        values_ptr, scales_ptr, outputs, first, num_outputs, num_inputs, row_bytes, dtype, BITS, GROUP, BLOCK_K
+    )
+    if GROUP == 0:
+        scales = tl.load(scales_ptr + outputs, mask=outputs < num_outputs, other=0.0)
+        weight = (weight.to(tl.float32) * scales[:, None]).to(dtype)
     cols = first + tl.arange(0, BLOCK_K)
-    mask = (rows < num_rows)[:, None] & (cols < num_inputs)[None, :]
-    tl.store(grad_x_ptr + rows[:, None] * num_inputs + cols[None, :], sums, mask=mask)
+    mask = (outputs < num_outputs)[:, None] & (cols < num_inputs)[None, :]
+    tl.store(weight_ptr + outputs[:, None] * num_inputs + cols[None, :], weight, mask=mask)
 
 
 def forward(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     """x (..., K) contiguous -> y (..., N) of x's dtype."""
     num_outputs, num_inputs = values.shape[0], x.shape[-1]
+    num_rows = math.prod(x.shape[:-1])
+    if num_rows > MAX_UNPACKED:
+        return F.linear(x, dequantize(values, scales, num_inputs, bits, x.dtype), bias)
     y = x.new_empty(*x.shape[:-1], num_outputs)
     if y.numel():
-        given = (x, values.contiguous(), scales.contiguous(), bias, y)
-        _launch("_forward_kernel", given, y.numel() // num_outputs, num_outputs, num_inputs, bits)
+        values, scales = values.contiguous(), scales.contiguous()
+        precision = input_precision(x.dtype)
+        table = settings(
+            "quantized_linear",
+            "_forward_kernel",
+            x.device,
+            rows=next_power_of_2(num_rows),
+            bits=bits,
+            element_bits=operand_bits(x.dtype, precision),
+        )
+        grid = ceil_div(num_rows, table["BLOCK_M"]), ceil_div(num_outputs, table["BLOCK_N"])
+        sizes = num_rows, num_outputs, num_inputs, values.shape[1]
+        constants = {"BITS": bits, "GROUP": _group(scales, num_inputs), "PRECISION": precision}
+        direct_launch.run(_forward_kernel, grid, (x, values, scales, bias, y), sizes, constants | table)
     return y
 
 
 def backward(grad_y: Tensor, values: Tensor, scales: Tensor, num_inputs: int, bits: int) -> Tensor:
     """grad_y (..., N) contiguous -> grad_x (..., num_inputs)."""
-    num_outputs = values.shape[0]
-    grad_x = grad_y.new_empty(*grad_y.shape[:-1], num_inputs)
-    if grad_x.numel():
-        given = (grad_y, values.contiguous(), scales.contiguous(), grad_x)
-        _launch("_backward_kernel", given, grad_x.numel() // num_inputs, num_outputs, num_inputs, bits)
-    return grad_x
+    return grad_y @ dequantize(values, scales, num_inputs, bits, grad_y.dtype)
 
 
-def _launch(kernel: str, given: tuple, num_rows: int, num_outputs: int, num_inputs: int, bits: int) -> None:
-    x, scales = given[0], given[2]
-    precision = input_precision(x.dtype)
-    table = settings(
-        "quantized_linear",
-        kernel,
-        x.device,
-        rows=next_power_of_2(num_rows),
-        bits=bits,
-        element_bits=operand_bits(x.dtype, precision),
-    )
-    across = (num_outputs, table["BLOCK_N"]) if kernel == "_forward_kernel" else (num_inputs, table["BLOCK_K"])
-    grid = (ceil_div(num_rows, table["BLOCK_M"]), ceil_div(*across))
-    sizes = (num_rows, num_outputs, num_inputs, given[1].shape[1])
-    constants = {
-        "BITS": bits,
-        "GROUP": 0 if scales.shape[1] == 1 else num_inputs // scales.shape[1],
-        "PRECISION": precision,
-    }
-    direct_launch.run(globals()[kernel], grid, given, sizes, constants | table)
+def dequantize(values: Tensor, scales: Tensor, num_inputs: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """-> the weight (N, num_inputs), rounded to `dtype`."""
+    values, scales = values.contiguous(), scales.contiguous()
+    num_outputs, row_bytes = values.shape
+    weight = values.new_empty(num_outputs, num_inputs, dtype=dtype)
+    if weight.numel():
+        table = settings("quantized_linear", "_dequantize_kernel", values.device)
+        grid = ceil_div(num_outputs, table["BLOCK_N"]), ceil_div(num_inputs, table["BLOCK_K"])
+        sizes = num_outputs, num_inputs, row_bytes
+        constants = {"BITS": bits, "GROUP": _group(scales, num_inputs)}
+        direct_launch.run(_dequantize_kernel, grid, (values, scales, weight), sizes, constants | table)
+    return weight
+
+
+def _group(scales: Tensor, num_inputs: int) -> int:
+    """Inputs that share a scale; 0: all of a row do."""
+    return 0 if scales.shape[1] == 1 else num_inputs // scales.shape[1]

@@ -36,6 +36,15 @@ def test_rotary_attention_of_transformers():
     torch.testing.assert_close(alternatives.llama_attention(q, k, v, positions), wanted)
 
 
+def test_attention_by_cudnn():
+    def attend(x):
+        return torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(), x
+
+    peer = alternatives.by_cudnn(attend)
+    assert peer(5) == (True, False, 5) and attend(6)[1]
+    assert peer.is_to_be_had("cuda", False) and not peer.is_to_be_had("cpu", False)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_packed_attention():
     (case,) = [case for case in bench_rope_attention.CASES if "packed" in case.shape and not case.trains]

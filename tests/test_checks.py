@@ -1,5 +1,7 @@
 """What operators are given that is no tensor, no number or holds nothing is named, and never a kernel's business."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -93,6 +95,38 @@ REFUSED = {
         "decode_attention: lengths is a list; it needs to be a tensor",
     ),
 }
+
+# Tensors that each operator is given, and which of them may be None.
+WEIGHT = ops.quantize_weight(random(5, 64), 8)
+TENSORS = {
+    "rms_norm": ((X, W), ()),
+    "add_rms_norm": ((X, X, W), ()),
+    "layer_norm": ((X, W, B), ()),
+    "swiglu": ((X, X), ()),
+    "attention": ((Q, Q, Q), ()),
+    "apply_rope": ((Q, POSITIONS), ()),
+    "rope_attention": ((Q, Q, Q, POSITIONS), ()),
+    "decode_attention": ((TOKEN, TOKEN, TOKEN, CACHE, CACHE.clone(), LABELS[:1]), ()),
+    "rel_pos_attention": ((GRID, GRID, GRID, ROWS, ROWS, (4, 4)), ()),
+    "window_attention": ((MAP, MAP[0, 0, 0], TABLE, TABLE, 2), (1,)),
+    "downsample_features": ((*[random(1, 4, 8, 8)] * 2, random(1), random(8, 4, 3, 3), random(8, 8, 3, 3)), (1,)),
+    "hybrid_adaptor": ((X, X, *[random(3, 64), random(3)] * 2, random(2, 6), random(2)), ()),
+    "linear": ((X, random(5, 64), random(5)), (2,)),
+    "linear_cross_entropy": ((X, random(10, 64), LABELS), ()),
+    "quantized_linear": ((X, WEIGHT, random(5)), (2,)),
+}
+
+
+@pytest.mark.parametrize("casts", [False, True])
+@pytest.mark.parametrize("name", TENSORS)
+def test_every_tensor_is_asked_for(name, casts):
+    given, optional = TENSORS[name]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=casts):
+        getattr(ops, name)(*given)
+        for place, wrong in itertools.product(range(len(given)), (None, "x", [1.0])):
+            if wrong is not None or place not in optional:
+                with pytest.raises(ValueError, match=f"^{name}: "):
+                    getattr(ops, name)(*given[:place], wrong, *given[place + 1 :])
 
 
 @pytest.mark.parametrize("given", REFUSED)

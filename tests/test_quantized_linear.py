@@ -51,7 +51,7 @@ def test_odd_shapes(backend, shape, bits):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "group_size"), [(352, 32), (320, 64), (384, 128), (299, None)])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("rows", [1, 11, 130])
+@pytest.mark.parametrize("rows", [1, 11, 130, 513])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sizes_of_several_blocks_and_a_part(backend, rows, bits, size, group_size, dtype):
     weight = ops.quantize_weight(random(139, size), bits, group_size)
@@ -263,6 +263,18 @@ def test_dequantises_as_the_definition_does(monkeypatch, bits, group_size, level
         x = torch.eye(size, dtype=dtype, device=DEVICE)
         skip_if_refused(KERNELS, "cpp", x, weight.values, weight.scales, None, bits)
         assert torch.equal(ops.quantized_linear(x, weight, backend="cpp"), weight.dequantize(dtype).t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size"), [*FORMS, (8, 128), (4, 128)])
+def test_triton_dequantises_as_the_definition_does(bits, group_size, dtype):
+    for outputs, size in ((70, 384), (7, 77)):
+        weight = ops.quantize_weight(random(outputs, size), bits, group_size if size % 64 == 0 else None)
+        skip_if_refused(KERNELS, "triton", random(1, size, dtype=dtype), weight.values, weight.scales, None, bits)
+        from vlcore.kernels import quantized_linear
+
+        made = quantized_linear.dequantize(weight.values, weight.scales, size, bits, dtype)
+        assert torch.equal(made, weight.dequantize(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

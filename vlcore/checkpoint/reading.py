@@ -15,6 +15,8 @@ from vlcore.models.layers import Linear, lay_side_by_side
 from vlcore.native import prefer_huge_pages
 
 MOST_NAMED = 10  # keys that an error message lists before it only counts
+# A name that every model's own parameters have, and neither layout.
+OWN_KEY = "language.embed_tokens.weight"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -23,8 +25,9 @@ def from_pretrained(
 ) -> DeepSeekVL:
     """The model in a directory, in eval mode.
 
-    config.json and the weights may each be in either public layout. The weights are safetensors, one file or several
-    with an index. The peak of memory is the model and one tensor, besides the operating system's cache of the files.
+    config.json and the weights may each be in either public layout; or it is a checkpoint of a training run, which has
+    no weights but those that the model applies. They are safetensors, one file or several with an index. The peak of
+    memory is the model and one tensor, besides the operating system's cache of the files.
 
     Args:
         directory: holds config.json and the weights.
@@ -43,8 +46,8 @@ def from_pretrained(
     layout = _layout(directory, stored)
     towers = (config.siglip,) if config.sam is None else (config.siglip, config.sam)
     _check_layers(directory, sum(part.num_layers for part in (config.language, *towers)), stored)
-    bindings = layouts.bindings(config, layout)
-    unused = _check(directory, f"the {layout} layout", bindings, stored)
+    bindings = layouts.bindings(config, layout) if layout else layouts.own_bindings(config)
+    unused = _check(directory, f"the {layout} layout" if layout else "a training run's layout", bindings, stored)
     with torch.device("meta"):
         model = DeepSeekVL(config)
     _fill(model, bindings, stored, dtype, device)
@@ -107,7 +110,10 @@ def _plain(key: str) -> str:
     return re.sub(r"^model\.vision_model\.vision_model\.", "model.vision_model.", key)
 
 
-def _layout(directory: Path, stored: Iterable[str]) -> str:
+def _layout(directory: Path, stored: Iterable[str]) -> str | None:
+    """One of the public ones; None where parameters go by their own names."""
+    if OWN_KEY in stored:
+        return None
     found = {layouts.detect_layout(key) for key in stored} - {None}
     if len(found) != 1:
         problem = "of no known layout" if not found else "of both layouts at once"

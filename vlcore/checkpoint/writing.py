@@ -51,15 +51,20 @@ def save_pretrained(
             f"out: {', '.join(homeless)}.",
             stacklevel=2,
         )
-    config = layouts.config_to_dict(model.config, layout)
-    dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
-    config["dtype" if layout == "transformers" else "torch_dtype"] = dtype
     with replacing_directory(directory, replaced=("config.json", "*.safetensors", files.INDEX)) as fresh:
         try:
-            (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_config(model, fresh, layout)
             _write_shards(fresh, _tensors(model, table, homeless), most_bytes)
         except (OSError, SafetensorError) as error:
             raise OSError(f"The model could not be written to {directory}, which is as it was: {error}") from error
+
+
+def write_config(model: DeepSeekVL, directory: Path, layout: str) -> None:
+    """config.json, which tells the dtype of the weights too."""
+    config = layouts.config_to_dict(model.config, layout)
+    dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
+    config["dtype" if layout == "transformers" else "torch_dtype"] = dtype
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _bytes(size: float | str) -> float:

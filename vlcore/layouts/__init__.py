@@ -11,6 +11,7 @@ from vlcore.layouts.weights import (
     detect_layout,
     is_never_applied,
     llama_bindings,
+    own_bindings,
     weight_table,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "eos_to_json",
     "is_never_applied",
     "llama_bindings",
+    "own_bindings",
     "parameters",
     "read_config",
     "read_json",

@@ -61,6 +61,11 @@ def bindings(config: VLConfig, layout: str) -> list[Binding]:
     return found
 
 
+def own_bindings(config: VLConfig) -> list[Binding]:
+    """Every parameter by its own name, as training keeps them."""
+    return [Binding(name, shape, name) for name, shape in parameters(config) if not name.startswith(UNUSED)]
+
+
 def llama_bindings(config: LlamaConfig) -> list[Binding]:
     """Every tensor of a plain LLaMA checkpoint, bound to the names `language.*` and `lm_head.weight`."""
     return [Binding(re.sub(r"^language\.", "model.", name), shape, name) for name, shape in llama_parameters(config)]

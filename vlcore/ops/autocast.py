@@ -17,8 +17,8 @@ _is_on_anywhere = torch._C._is_any_autocast_enabled
 
 
 def is_on(x: Tensor) -> bool:
-    """Whether torch casts for x's kind of device."""
-    return _is_on_anywhere() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    """Whether torch casts for x's kind of device; not for what is no tensor, which the operator's checks name."""
+    return _is_on_anywhere() and isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def low(x: Tensor) -> torch.dtype:
@@ -27,8 +27,8 @@ def low(x: Tensor) -> torch.dtype:
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """The dtype that holds what all of these hold."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    """The dtype that holds what all of these hold, of which those that are no tensors have yet to be named."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)))
 
 
 def run(operator: Callable[..., Output], dtype: torch.dtype, first: Tensor, /, *others, **options) -> Output:

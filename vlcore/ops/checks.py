@@ -12,10 +12,11 @@ INTEGER = (torch.int32, torch.int64)
 def present(operator: str, name: str, value: object) -> None:
     """A tensor, not None nor a list that could become one."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be a tensor.")
+        raise ValueError(f"{operator}: {name} is {kind(value)}; it needs to be a tensor.")
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """What an error calls that which is no tensor or number."""
     return "None" if value is None else f"{value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
@@ -35,7 +36,8 @@ def shape(operator: str, name: str, tensor: Tensor, expected: tuple, other_name:
 
 
 def alike(operator: str, **tensors: Tensor | None) -> None:
-    """All must be of one floating dtype, on one device; those that are None are left out."""
+    """All must be of one floating dtype, on one device; those behind the first may be None."""
+    present(operator, *next(iter(tensors.items())))
     first = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -74,17 +76,17 @@ def number(operator: str, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         raise ValueError(f"{operator}: {name} is a tensor {tuple(value.shape)}; it needs to be a number.")
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be a number.")
+        raise ValueError(f"{operator}: {name} is {kind(value)}; it needs to be a number.")
 
 
 def whole(operator: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be a whole number.")
+        raise ValueError(f"{operator}: {name} is {kind(value)}; it needs to be a whole number.")
 
 
 def flag(operator: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{operator}: {name} is {_kind(value)}; it needs to be True or False.")
+        raise ValueError(f"{operator}: {name} is {kind(value)}; it needs to be True or False.")
 
 
 def head_dim(operator: str, name: str, tensor: Tensor) -> None:
@@ -117,7 +119,7 @@ def heads(operator: str, q: Tensor, k: Tensor) -> None:
 
 def without_gradient(operator: str, *tensors: Tensor | None) -> None:
     """For an operator that has no gradient: autograd may not be about to record it."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
         raise ValueError(f"{operator} has no gradient, and one is asked for: call it under torch.no_grad().")
 
 

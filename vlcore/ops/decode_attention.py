@@ -87,6 +87,7 @@ def decode_attention(
             cannot run them.
     """
     if autocast.is_on(q):
+        checks.present("decode_attention", "key_cache", key_cache)
         options = {"theta": theta, "scale": scale, "backend": backend}
         arguments = (q, k, v, key_cache, value_cache, lengths)
         return autocast.run(decode_attention, key_cache.dtype, *arguments, **options)

@@ -224,8 +224,8 @@ def written(*tensors: Tensor) -> None:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an operator on these."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether autograd would record an operator on these, which need not have been checked."""
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 class _Forgetful:

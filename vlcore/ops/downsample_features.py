@@ -87,8 +87,8 @@ def _check(detail, skip, alpha, conv1_weight, conv2_weight, size) -> None:
     checks.alike("downsample_features", detail=detail, skip=skip, **weights)
     if skip is not None:
         checks.shape("downsample_features", "skip", skip, detail.shape, "detail", detail)
-        if alpha is None or alpha.numel() != 1:
-            given = "None" if alpha is None else tuple(alpha.shape)
+        if not isinstance(alpha, Tensor) or alpha.numel() != 1:
+            given = tuple(alpha.shape) if isinstance(alpha, Tensor) else checks.kind(alpha)
             raise ValueError(f"downsample_features: alpha is {given}; skip needs one number to scale it.")
         checks.on_device("downsample_features", "alpha", alpha, "skip", skip)
     for name, weight in weights.items():

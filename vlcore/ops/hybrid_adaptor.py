@@ -70,6 +70,7 @@ def _check(high, low, high_weight, high_bias, low_weight, low_bias, out_weight, 
     weights = {"high_weight": high_weight, "low_weight": low_weight, "out_weight": out_weight}
     biases = {"high_bias": high_bias, "low_bias": low_bias, "out_bias": out_bias}
     checks.alike("hybrid_adaptor", high=high, low=low, **weights, **biases)
+    checks.present("hybrid_adaptor", "low", low)
     for name, weight in weights.items():
         checks.rank("hybrid_adaptor", name, weight, "out in")
     checks.shape("hybrid_adaptor", "low", low, (*high.shape[:-1], *low.shape[-1:]), "high", high)

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlcore.checkpoint import replacing_directory
+from vlcore.checkpoint import replacing_directory, write_config
 from vlcore.models.deepseek_vl import DeepSeekVL
+from vlcore.processing import Processor
 from vlcore.train.description import OtherRun, check_same
 from vlcore.train.result import StageResult
 
@@ -51,11 +52,13 @@ def save_checkpoint(
     progress: Progress,
     described: dict[str, Any],
     model: DeepSeekVL,
+    processor: Processor,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     keep: int,
 ) -> Path:
     """Write folder/step-NNNNNNNN with model.safetensors, optimizer.safetensors and state.json; drop all but the newest.
+    What `from_pretrained` reads besides, of the model and of the processor, is there too.
 
     It is written under another name and renamed when it is complete and on disk, so a crash or a full disk leaves the
     checkpoints that were there.
@@ -79,6 +82,8 @@ def save_checkpoint(
         with replacing_directory(target) as fresh:
             save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, fresh / MODEL)
             save_file(_optimizer_tensors(optimizer, model), fresh / OPTIMIZER)
+            write_config(model, fresh, "transformers")
+            processor.save_pretrained(fresh)
             (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise OSError(f"{target} could not be written, the checkpoints before it are whole: {error}") from error

@@ -278,7 +278,8 @@ class Trainer:
         """Write a checkpoint; where a signal came before it was written, it is the last."""
         self.metrics.flush(self.progress.results[-1])
         keep = self.config.keep
-        saved = save_checkpoint(self.folder, self.progress, self.described, self.model, optimizer, keep=keep)
+        model, processor = self.model, self.processor
+        saved = save_checkpoint(self.folder, self.progress, self.described, model, processor, optimizer, keep=keep)
         if self.interrupts.received:
             raise TrainingInterrupted(self.interrupts.received, saved)
 
