@@ -32,7 +32,9 @@ def _case(outputs: int, inputs: int, bits: int, group_size: int | None, rows: in
         inputs=make_inputs,
         function=multiply,
         peers={"F.linear, not quantised": lambda x, quantized, weight: F.linear(x, weight)},
-        bytes=bytes_each if rows == 1 else 0,
+        elements=rows * (inputs + outputs) if rows > 1 else 0,
+        bytes=bytes_each,
+        computes=rows > 1,
         flops=2 * rows * size,
     )
 

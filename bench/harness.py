@@ -55,6 +55,7 @@ class Case:
         flops: floating point operations of one call; where memory bounds it, roughly.
         elements, bytes: what one call cannot but read and write, where memory bounds it: in elements of the dtype, and
             in bytes beside them.
+        computes: whether arithmetic bounds it all the same.
         trains: forward and backward are timed, and the gradients compared too.
     """
 
@@ -66,6 +67,7 @@ class Case:
     flops: float = 0
     elements: float = 0
     bytes: float = 0
+    computes: bool = False
     trains: bool = False
 
     @property
@@ -191,7 +193,7 @@ def measure(case: Case, make: Maker, compiled: bool = False) -> Measurement:
         seconds=seconds,
         quartiles=quartiles,
         flops=case.flops,
-        bytes=bound,
+        bytes=0 if case.computes else bound,
         traffic=bound or sum(x.nbytes for x in (*turns[0], *outputs) if isinstance(x, Tensor)),
         failed=failed,
     )

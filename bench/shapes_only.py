@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +54,6 @@ def _like(tensor: Tensor, device: str) -> Tensor:
 
 
 def _zeros(tensor: Tensor) -> Tensor:
-    zeros = _like(tensor, "cpu")
-    # Larger pieces come from the system, which gives zeros, and gives memory only where something is written.
-    return zeros.zero_() if zeros.nbytes < 2**26 else zeros
+    size = _like(tensor, "meta").untyped_storage().nbytes()
+    # NumPy asks for zeros, for which the system gives memory only where something is written.
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

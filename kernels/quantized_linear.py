@@ -20,7 +20,7 @@ from .matrix_product import input_precision, operand_bits
 
 # The most rows that are multiplied as the weight is unpacked. Counted in Hopper's code, unpacking takes a tile of 128
 # rows as long as multiplying it does, and the two wait for each other: from some 400 rows on it takes less to write the
-# weight and read it again. Not measured.
+# weight and read it again, for which there has to be room. Not measured.
 MAX_UNPACKED = 512
 
 

@@ -50,7 +50,7 @@ def calls() -> dict:
         "window_attention": lambda: ops.window_attention(windows, qkv_bias, *sides, 4, backend="triton"),
         "hybrid_adaptor": lambda: ops.hybrid_adaptor(x[:, :32], x[:, 32:], *layers, backend="triton"),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(hidden, vocabulary, labels, backend="triton"),
-        "quantized_linear, 8 bits": lambda: ops.quantized_linear(x, quantized[0], backend="triton"),
+        "quantized_linear, 8 bits": lambda: ops.quantized_linear(x.detach(), quantized[0], backend="triton"),
         "quantized_linear, 4 bits": lambda: ops.quantized_linear(x, quantized[1], bias, backend="triton"),
         "downsample_features": lambda: ops.downsample_features(*maps, *convolutions, size=16, backend="triton"),
     }

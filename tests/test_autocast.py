@@ -4,11 +4,12 @@ import pytest
 import torch
 from checkpoints import siglip_only, telling_model
 from conftest import DEVICE
-from operators import random, values_and_gradients
+from operators import random, skip_if_refused, values_and_gradients
 
 from vlcore import ops
 from vlcore.config import preset
 from vlcore.decoding import KVCache, next_logits
+from vlcore.ops.quantized_linear import KERNELS
 
 WEIGHT = ops.quantize_weight(random(24, 32), 8)
 
@@ -41,6 +42,18 @@ def at_size(size):
             (tokens, random(2048, 64)),
         ),
     }
+
+
+@pytest.mark.parametrize("rows", [8, 640])
+@pytest.mark.parametrize("backend", [*KERNELS, "torch"])
+def test_what_stands_in_a_graph_is_of_its_own_dtype(backend, rows):
+    """As an exported one is called: the graph has been told the dtypes of what its operators give."""
+    x, weight = random(rows, 32), (WEIGHT.values, WEIGHT.scales)
+    skip_if_refused(KERNELS, backend, x, *weight, None, 8)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = torch.ops.vlcore.quantized_linear_forward(x, *weight, None, 8, backend)
+        grad_x = torch.ops.vlcore.quantized_linear_backward(y, *weight, 32, 8, backend)
+    assert y.dtype == grad_x.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [8, 640])

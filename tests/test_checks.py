@@ -1,5 +1,7 @@
 """What operators are given that is no tensor, no number or holds nothing is named, and never a kernel's business."""
 
+import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -96,9 +98,10 @@ REFUSED = {
     ),
 }
 
-# Tensors that each operator is given, and which of them may be None.
 WEIGHT = ops.quantize_weight(random(5, 64), 8)
-TENSORS = {
+BLOCK = [*[random(16)] * 2, *[random(64, 16)] * 3, random(16, 64), *[random(24, 16)] * 2, random(16, 24)]
+# What operators are given that is no number, and at which places there may be None.
+GIVEN = {
     "rms_norm": ((X, W), ()),
     "add_rms_norm": ((X, X, W), ()),
     "layer_norm": ((X, W, B), ()),
@@ -107,6 +110,10 @@ TENSORS = {
     "apply_rope": ((Q, POSITIONS), ()),
     "rope_attention": ((Q, Q, Q, POSITIONS), ()),
     "decode_attention": ((TOKEN, TOKEN, TOKEN, CACHE, CACHE.clone(), LABELS[:1]), ()),
+    "decode_block": (
+        (TOKEN[:, :, 0], TOKEN[:, :, 0], ops.BlockWeights(*BLOCK), CACHE, CACHE.clone(), LABELS[:1]),
+        (1,),
+    ),
     "rel_pos_attention": ((GRID, GRID, GRID, ROWS, ROWS, (4, 4)), ()),
     "window_attention": ((MAP, MAP[0, 0, 0], TABLE, TABLE, 2), (1,)),
     "downsample_features": ((*[random(1, 4, 8, 8)] * 2, random(1), random(8, 4, 3, 3), random(8, 8, 3, 3)), (1,)),
@@ -118,15 +125,29 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("casts", [False, True])
-@pytest.mark.parametrize("name", TENSORS)
-def test_every_tensor_is_asked_for(name, casts):
-    given, optional = TENSORS[name]
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_is_wrong_is_named(name, casts):
+    (given, optional), operator = GIVEN[name], getattr(ops, name)
+    parameters = list(inspect.signature(operator).parameters)
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=casts):
-        getattr(ops, name)(*given)
+        operator(*given)
         for place, wrong in itertools.product(range(len(given)), (None, "x", [1.0])):
             if wrong is not None or place not in optional:
-                with pytest.raises(ValueError, match=f"^{name}: "):
-                    getattr(ops, name)(*given[:place], wrong, *given[place + 1 :])
+                with pytest.raises(ValueError, match=rf"^{name}: {parameters[place]} is "):
+                    operator(*given[:place], wrong, *given[place + 1 :])
+
+
+def test_a_weight_of_a_block_is_named():
+    x, _, weights, *caches, lengths = GIVEN["decode_block"][0]
+    for name, wrong in itertools.product(weights._fields, (None, "x", [1.0])):
+        with pytest.raises(ValueError, match=f"^decode_block: {name} is .*; it needs to be a tensor"):
+            ops.decode_block(x, None, weights._replace(**{name: wrong}), *caches, lengths)
+
+
+def test_what_stands_in_a_quantised_weight_is_named():
+    for name in ("values", "scales"):
+        with pytest.raises(ValueError, match=f"^QuantizedWeight: {name} is None; it needs to be a tensor"):
+            dataclasses.replace(WEIGHT, **{name: None})
 
 
 @pytest.mark.parametrize("given", REFUSED)

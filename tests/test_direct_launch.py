@@ -298,10 +298,12 @@ def test_every_launcher_s_later_launches_are_direct_and_triton_s():
     lines = printed("-m", "tests.launch_everything")
     found = re.findall(r"(\w+).*: (\d+) of (\d+), (\d+) of them repeated", lines)
     assert all(direct == launched != "0" for _, direct, launched, _ in found), lines
-    # The others copy, sum or cut up what takes longer than to launch it.
+    # The others copy, sum, cut up or multiply what takes longer than to launch it; the last one in its gradient only.
     assert {name for name, _, launched, repeated in found if repeated != launched} == {
-        *("downsample_features", "hybrid_adaptor", "linear_cross_entropy", "rel_pos_attention", "window_attention")
+        *("downsample_features", "hybrid_adaptor", "linear_cross_entropy", "rel_pos_attention", "window_attention"),
+        "quantized_linear",
     }
+    assert "quantized_linear, 8 bits: 1 of 1, 1 of them repeated" in lines
     with_triton = {
         name for name in ops.__all__ if "triton" in getattr(sys.modules.get(f"vlcore.ops.{name}"), "KERNELS", ())
     }

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlcore.bench import gpu_code
 from vlcore.bench.dtypes import TF32
 from vlcore.bench.peers import operators
+from vlcore.bench.shapes_only import ShapesOnly
 from vlcore.kernels import launch
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +90,17 @@ def test_products_of_hopper_s_do_not_wait_for_one_another():
         return record["dtype"] == TF32 or record["kernel"] == "_forward_kernel" or "tables" in record["kernel"]
 
     assert not offenders(serial)
+
+
+@pytest.mark.parametrize("size", [3, 2**24 + 1])
+def test_what_is_not_computed_is_zero(monkeypatch, size):
+    """Whatever was in memory before: weights that are quantised have to be finite."""
+    empty = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", lambda *given, **how: empty(*given, **how).fill_(torch.nan))
+    with ShapesOnly():
+        x = torch.randn(size, 2)[:, 1]
+        wide = x.double()
+    assert x.shape == wide.shape == (size,) and wide.dtype == torch.float64 and not x.any() and not wide.any()
 
 
 @pytest.mark.skipif(not launch.AVAILABLE, reason="Triton is not installed")

@@ -53,6 +53,7 @@ def reference(reduction):
         ((), {"ignored": 0.0}),
         ((1,), {"width": 1, "vocabulary": 1, "ignored": 0.0}),
         ((300,), {"width": 16, "vocabulary": 130}),
+        ((5,), {"width": 0}),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -48,6 +48,15 @@ def test_odd_shapes(backend, shape, bits):
     assert_matches(through_op(backend, weight), lambda x, bias: quantized_linear_reference(x, weight, bias), x, None)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_outputs(backend):
+    weight = ops.QuantizedWeight(here(torch.zeros(0, 64)).to(torch.int8), here(torch.zeros(0, 1)), 8, None, (0, 64))
+    x, bias = random(3, 64).requires_grad_(), random(0).requires_grad_()
+    skip_if_refused(KERNELS, backend, x, weight.values, weight.scales, bias, 8)
+    ops.quantized_linear(x, weight, bias, backend=backend).sum().backward()
+    assert not x.grad.any() and bias.grad.shape == (0,)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "group_size"), [(352, 32), (320, 64), (384, 128), (299, None)])
 @pytest.mark.parametrize("bits", [8, 4])

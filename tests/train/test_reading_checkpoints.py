@@ -23,11 +23,10 @@ def test_every_model_is_read_as_it_was_saved(name, tmp_path):
     assert from_pretrained(path, dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
 
 
-def test_the_processor_is_beside_the_model(run, stages, interrupted, processor):
+def test_the_processor_is_beside_the_model(interrupted, processor):
     read = Processor.from_pretrained(interrupted)
     assert read.config == from_pretrained(interrupted).config == processor.config
     assert read.encode_text("a flag") == processor.encode_text("a flag")
-    assert len(run(*stages).stages) == 3
 
 
 def test_what_does_not_fit_is_named(interrupted):

@@ -15,8 +15,8 @@ from vlcore.models.layers import Linear, lay_side_by_side
 from vlcore.native import prefer_huge_pages
 
 MOST_NAMED = 10  # keys that an error message lists before it only counts
-# A name that every model's own parameters have, and neither layout.
-OWN_KEY = "language.embed_tokens.weight"
+# How names of parameters begin of which neither layout has such.
+OWN = "language."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -26,7 +26,7 @@ def from_pretrained(
     """The model in a directory, in eval mode.
 
     config.json and the weights may each be in either public layout; or it is a checkpoint of a training run, which has
-    no weights but those that the model applies. They are safetensors, one file or several with an index. The peak of
+    no weights but those that the model applies. Weights are safetensors, one file or several with an index. The peak of
     memory is the model and one tensor, besides the operating system's cache of the files.
 
     Args:
@@ -112,7 +112,7 @@ def _plain(key: str) -> str:
 
 def _layout(directory: Path, stored: Iterable[str]) -> str | None:
     """One of the public ones; None where parameters go by their own names."""
-    if OWN_KEY in stored:
+    if any(key.startswith(OWN) for key in stored):
         return None
     found = {layouts.detect_layout(key) for key in stored} - {None}
     if len(found) != 1:

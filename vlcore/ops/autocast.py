@@ -27,7 +27,7 @@ def low(x: Tensor) -> torch.dtype:
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """The dtype that holds what all of these hold, of which those that are no tensors have yet to be named."""
+    """The dtype that holds what all of these hold; what is no tensor, the operator's checks name."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)))
 
 

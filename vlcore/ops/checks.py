@@ -9,10 +9,11 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
 
-def present(operator: str, name: str, value: object) -> None:
+def present(operator: str, name: str, value: object) -> Tensor:
     """A tensor, not None nor a list that could become one."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{operator}: {name} is {kind(value)}; it needs to be a tensor.")
+    return value
 
 
 def kind(value: object) -> str:
@@ -37,19 +38,18 @@ def shape(operator: str, name: str, tensor: Tensor, expected: tuple, other_name:
 
 def alike(operator: str, **tensors: Tensor | None) -> None:
     """All must be of one floating dtype, on one device; those behind the first may be None."""
-    present(operator, *next(iter(tensors.items())))
-    first = None
-    for name, tensor in tensors.items():
+    (first_name, first), *others = tensors.items()
+    first = present(operator, first_name, first)
+    dtype, device = first.dtype, first.device
+    if dtype not in FLOATING:
+        raise ValueError(f"{operator}: {first_name} is {dtype}; it needs to be one of {FLOATING}.")
+    for name, tensor in others:
         if tensor is None:
             continue
         present(operator, name, tensor)
-        if first is None:
-            first_name, first, dtype, device = name, tensor, tensor.dtype, tensor.device
-            if dtype not in FLOATING:
-                raise ValueError(f"{operator}: {name} is {dtype}; it needs to be one of {FLOATING}.")
-        elif tensor.dtype != dtype:
+        if tensor.dtype != dtype:
             raise ValueError(f"{operator}: {name} is {tensor.dtype} and {first_name} {dtype}; they must agree.")
-        elif tensor.device != device:
+        if tensor.device != device:
             on_device(operator, name, tensor, first_name, first)
 
 

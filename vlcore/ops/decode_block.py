@@ -149,6 +149,7 @@ def decode_block(
             cannot run them.
     """
     if autocast.is_on(x):
+        checks.present("decode_block", "key_cache", key_cache)
         options = {"theta": theta, "eps": eps, "backend": backend}
         arguments = (x, residual, weights, key_cache, value_cache, lengths)
         return autocast.run(decode_block, key_cache.dtype, *arguments, **options)
@@ -178,7 +179,11 @@ def _check(
 ) -> None:
     checks.rank("decode_block", "x", x, "B 1 D")
     checks.rank("decode_block", "key_cache", key_cache, "B S Hkv D")
-    plain = {name: w for name, w in zip(weights._fields, weights, strict=True) if isinstance(w, Tensor)}
+    if not isinstance(weights, BlockWeights):
+        raise ValueError(f"decode_block: weights is {checks.kind(weights)}; BlockWeights holds what it takes.")
+    plain = {name: w for name, w in weights._asdict().items() if not isinstance(w, QuantizedWeight)}
+    for name, weight in plain.items():
+        checks.present("decode_block", name, weight)
     checks.alike("decode_block", x=x, residual=residual, key_cache=key_cache, value_cache=value_cache, **plain)
     (batch, num_steps, size), (_, capacity, kv_heads, head_dim) = x.shape, key_cache.shape
     if num_steps != 1:

@@ -159,6 +159,9 @@ def define(
         return compute(*arguments[:-1])
 
     def run_for_torch(first, *others):
+        if autocast.is_on(first):  # what a graph was made for holds no less where it is called under autocast
+            with torch.autocast(first.device.type, enabled=False):
+                return run_for_torch(first, *others)
         # Nobody has chosen it for these tensors: it stands in a graph, which may have been moved since.
         if others[-1] == CPP and not first.is_cpu:
             raise ValueError(

@@ -44,7 +44,7 @@ def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
     """The definition, which every kernel is tested against. It holds all logits."""
-    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
+    logits = F.linear(hidden.reshape(labels.numel(), hidden.shape[-1]), weight)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide, labels.flatten().long(), ignore_index=ignore_index, reduction=reduction)
     return losses.view(labels.shape) if reduction == "none" else losses
@@ -85,7 +85,7 @@ def linear_cross_entropy(
     backend = choose("linear_cross_entropy", KERNELS, backend, hidden, weight, labels)
     if is_transformed():
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, reduction)
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
+    rows, flat = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.flatten()
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     losses = apply(LinearCrossEntropy, rows, weight, flat, *needs, ignore_index, reduction, backend)
     return losses.view(labels.shape) if reduction == "none" else losses

@@ -70,6 +70,7 @@ def _check_weight(values, scales, bits, group_size, num_outputs, num_inputs) -> 
         ("values", values, (num_outputs, width), integers),
         ("scales", scales, (num_outputs, num_inputs // group_size), torch.float32),
     ):
+        checks.present("QuantizedWeight", name, tensor)
         if tensor.shape != shape or tensor.dtype != dtype:
             needed = f"{bits} bits of {(num_outputs, num_inputs)} in groups of {group_size} need {shape} {dtype}"
             raise ValueError(f"QuantizedWeight: {name} are {tuple(tensor.shape)} {tensor.dtype}; {needed}.")
@@ -140,8 +141,9 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         x: (..., K), float32, float16 or bfloat16; float64 on "torch".
         weight: of shape (N, K), on x's device.
         bias: (N,), of x's dtype, or None.
-        backend: "auto", "torch", "cuda", which takes up to 16 rows, "triton", or "cpp", which multiplies up to 16 rows
-            by the integers themselves, where the machine multiplies bytes, and dequantises the weight for more.
+        backend: "auto", "torch", "cuda", which takes up to 16 rows, "triton", which dequantises the weight, into memory
+            of its own, for more than 512 rows and for gradients, or "cpp", which multiplies up to 16 rows by the
+            integers themselves, where the machine multiplies bytes, and dequantises the weight for more.
 
     Returns:
         (..., N), of x's dtype. Under torch.autocast x and bias are cast to its dtype.
@@ -190,7 +192,7 @@ class QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = quantized_linear_backward(grad_y.contiguous(), *ctx.saved_tensors, *ctx.numbers)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+            grad_bias = grad_y.sum_to_size(grad_y.shape[-1:])
         return grad_x, None, None, grad_bias, None, None
 
 

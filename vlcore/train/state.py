@@ -58,7 +58,8 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write folder/step-NNNNNNNN with model.safetensors, optimizer.safetensors and state.json; drop all but the newest.
-    What `from_pretrained` reads besides, of the model and of the processor, is there too.
+    What `from_pretrained` reads besides, of the model and of the processor, is there too; it takes no model in which
+    layers were replaced.
 
     It is written under another name and renamed when it is complete and on disk, so a crash or a full disk leaves the
     checkpoints that were there.
