@@ -22,6 +22,11 @@ def pytest_configure():
         patch_once()
 
 
+def pytest_collectstart():
+    """What a module makes as it is imported is the same in every run, whatever was imported before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)

@@ -54,15 +54,20 @@ def gradient(name, x):
     return torch.autograd.grad(summed(name)(leaf), leaf)[0]
 
 
+def assert_same_sums(found, wanted):
+    """As sums of float32 are, by the largest: others may be left of what is much larger."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-5 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_transforms_work_at_any_size(name, size):
     x, y = random(2, size, 64)
-    torch.testing.assert_close(torch.func.grad(summed(name))(x), gradient(name, x), rtol=1e-3, atol=1e-3)
+    assert_same_sums(torch.func.grad(summed(name))(x), gradient(name, x))
     each = torch.vmap(FUNCTIONS[name])(torch.stack((x, y)))
-    torch.testing.assert_close(each, torch.stack([FUNCTIONS[name](z) for z in (x, y)]), rtol=1e-4, atol=1e-4)
+    assert_same_sums(each, torch.stack([FUNCTIONS[name](z) for z in (x, y)]))
     grads = torch.vmap(torch.func.grad(summed(name)))(torch.stack((x, y)))
-    torch.testing.assert_close(grads, torch.stack([gradient(name, z) for z in (x, y)]), rtol=1e-3, atol=1e-3)
+    assert_same_sums(grads, torch.stack([gradient(name, z) for z in (x, y)]))
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
