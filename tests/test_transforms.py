@@ -16,7 +16,8 @@ from vlcore.models import DeepSeekVL
 
 POSITIONS, LABELS = torch.arange(300, device=DEVICE)[None], torch.arange(300, device=DEVICE)
 QUANTIZED = ops.quantize_weight(random(24, 64), 8)
-W, B, OUT = random(64, 64), random(64), random(32, 128)
+# As wide layers are initialised: sums of theirs are as large as what goes in, and differ as little in float32.
+W, B, OUT = random(64, 64, scale=1 / 8), random(64), random(32, 128, scale=1 / 8)
 ROWS = [random(7, 8), random(7, 8)]
 CONVOLUTIONS = [random(4, 8, 3, 3), random(4, 4, 3, 3)]
 
@@ -54,20 +55,15 @@ def gradient(name, x):
     return torch.autograd.grad(summed(name)(leaf), leaf)[0]
 
 
-def assert_same_sums(found, wanted):
-    """As sums of float32 are, by the largest: others may be left of what is much larger."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-5 * wanted.abs().max().item())
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_transforms_work_at_any_size(name, size):
     x, y = random(2, size, 64)
-    assert_same_sums(torch.func.grad(summed(name))(x), gradient(name, x))
+    torch.testing.assert_close(torch.func.grad(summed(name))(x), gradient(name, x), rtol=1e-3, atol=1e-3)
     each = torch.vmap(FUNCTIONS[name])(torch.stack((x, y)))
-    assert_same_sums(each, torch.stack([FUNCTIONS[name](z) for z in (x, y)]))
+    torch.testing.assert_close(each, torch.stack([FUNCTIONS[name](z) for z in (x, y)]), rtol=1e-4, atol=1e-4)
     grads = torch.vmap(torch.func.grad(summed(name)))(torch.stack((x, y)))
-    assert_same_sums(grads, torch.stack([gradient(name, z) for z in (x, y)]))
+    torch.testing.assert_close(grads, torch.stack([gradient(name, z) for z in (x, y)]), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlcore.ops.dispatch import has_values
+from vlcore.ops.dispatch import has_values, needs_gradient
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int32, torch.int64)
@@ -119,7 +119,7 @@ def heads(operator: str, q: Tensor, k: Tensor) -> None:
 
 def without_gradient(operator: str, *tensors: Tensor | None) -> None:
     """For an operator that has no gradient: autograd may not be about to record it."""
-    if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+    if needs_gradient(*tensors):
         raise ValueError(f"{operator} has no gradient, and one is asked for: call it under torch.no_grad().")
 
 

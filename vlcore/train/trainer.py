@@ -277,9 +277,8 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Write a checkpoint; where a signal came before it was written, it is the last."""
         self.metrics.flush(self.progress.results[-1])
-        keep = self.config.keep
-        model, processor = self.model, self.processor
-        saved = save_checkpoint(self.folder, self.progress, self.described, model, processor, optimizer, keep=keep)
+        given = self.progress, self.described, self.model, self.processor, optimizer
+        saved = save_checkpoint(self.folder, *given, keep=self.config.keep)
         if self.interrupts.received:
             raise TrainingInterrupted(self.interrupts.received, saved)
 
